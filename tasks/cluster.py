@@ -1,0 +1,138 @@
+"""Ray: which cluster this process uses, and pools of actors that pull shards.
+
+Ray Data drives the pools (scheduling, restarts, back-pressure). The items that travel are shard names, the actors read
+and write the store themselves, and what comes back are counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tasks.config import ModelConfig
+from tasks.errors import ConfigError, RunError
+
+# Shards in flight per actor: one decodes, the next waits inside the engine, a third is read or written.
+IN_FLIGHT = 3
+
+_WORKER_ENVIRONMENT = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PREFSIEVE_STORE", "XDG_CACHE_HOME")
+
+
+def connect(address: str = "local") -> Any:
+    """Ray, started or joined on first use and kept until `disconnect`.
+
+    `local` starts Ray on this machine; `auto`, or HOST:PORT, joins a cluster. A process that has Ray keeps it.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": {name: os.environ[name] for name in _WORKER_ENVIRONMENT if name in os.environ}},
+    }
+    if address == "local":
+        # A laptop has fewer CPUs than a pipeline has actors; these are logical, threads are bounded elsewhere.
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": max(4, os.cpu_count() or 1)}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"ray_address: no Ray cluster at {address!r}; start one with `ray start --head`, or use local"
+        ) from error
+    return ray
+
+
+@contextlib.contextmanager
+def disconnecting() -> Iterator[None]:
+    """Leave Ray after a block, if the block was what started or joined it."""
+    ray = sys.modules.get("ray")
+    had = ray is not None and ray.is_initialized()
+    try:
+        yield
+    finally:
+        ray = sys.modules.get("ray")
+        if ray is not None and ray.is_initialized() and not had:
+            ray.shutdown()
+
+
+def run_pool(
+    worker: type,
+    arguments: tuple[Any, ...],
+    items: list[dict[str, Any]],
+    config: ModelConfig,
+    on_done: Callable[[dict[str, Any]], None],
+    address: str = "local",
+) -> None:
+    """Let `config.workers` actors work through the items; on_done gets each item's counts as it is finished.
+
+    `worker(*arguments)` is called in each actor; `worker.work(item) -> dict` is awaited, IN_FLIGHT items at a time.
+    """
+    ray = connect(address)
+    import ray.data
+
+    _check_room(ray, config)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _Actor,
+        fn_constructor_args=(worker, arguments),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            size=min(config.workers, len(items)), max_tasks_in_flight_per_actor=IN_FLIGHT
+        ),
+        num_cpus=config.cpus,
+        num_gpus=config.gpus or None,
+        ray_remote_args_fn=lambda: {"max_concurrency": IN_FLIGHT},
+    )
+    try:
+        for row in done.iter_rows():
+            on_done(row)
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
+
+
+class _Actor:
+    """The shape Ray Data wants: an async generator over batches of one item."""
+
+    def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
+        self.worker = worker(*arguments)
+        self.fresh = True  # the first item reports that an engine was started
+
+    async def __call__(self, batch: dict[str, Any]) -> Any:
+        item = {key: values[0].item() if hasattr(values[0], "item") else values[0] for key, values in batch.items()}
+        counts = await self.worker.work(item)
+        starts, self.fresh = int(self.fresh), False
+        yield {key: [value] for key, value in {**counts, "engine_starts": starts}.items()}
+
+
+def _check_room(ray: Any, config: ModelConfig) -> None:
+    """A request that the cluster can never fulfil would wait for ever."""
+    have = ray.cluster_resources()
+    for resource, wanted in (("GPU", config.gpus), ("CPU", config.cpus)):
+        if wanted > have.get(resource, 0):
+            raise ConfigError(
+                f"{resource.lower()}s: {wanted:g} wanted per engine, the Ray cluster has {have.get(resource, 0):g}; "
+                f"lower {resource.lower()}s, or join a larger cluster with ray_address"
+            )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What really happened in the actor, without Ray's layers around it."""
+    inner: BaseException = error
+    while getattr(inner, "cause", None) is not None:
+        inner = inner.cause
+    if isinstance(inner, ConfigError | RunError):
+        return inner
+    return RunError(f"an engine failed: {type(inner).__name__}: {str(inner).strip().splitlines()[-1]}")

@@ -1,0 +1,38 @@
+"""Chat messages to token ids, the same for every engine.
+
+Text rendered by a chat template is never tokenised a second time: a template writes its own BOS, and the tokenizer
+would add another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Messages = list[dict[str, str]]
+
+
+def prompt_ids(tokenizer: Any, messages: Messages, system_prompt: str = "") -> list[int]:
+    """Token ids up to where the model's answer begins.
+
+    A tokenizer without a chat template (a base model) gets a single user message as plain text; anything else raises
+    ValueError.
+    """
+    if tokenizer.chat_template:
+        if system_prompt:
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer(system_prompt + _single_text(messages))["input_ids"]
+
+
+def scored_ids(tokenizer: Any, messages: Messages, completion: str) -> list[int]:
+    """Token ids of a prompt together with its completion, as a reward model reads them."""
+    if tokenizer.chat_template:
+        whole = [*messages, {"role": "assistant", "content": completion}]
+        return tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)
+    return tokenizer(_single_text(messages) + completion)["input_ids"]
+
+
+def _single_text(messages: Messages) -> str:
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        raise ValueError("the tokenizer has no chat template, so only a single user message can be rendered")
+    return messages[0]["content"]

@@ -1,0 +1,79 @@
+"""A deterministic, instant engine for dry runs and for tests of everything around an engine.
+
+Answers depend only on the generator's name, the prompt and the sample's seed, so a run that was killed and run again
+ends with the same digests. `engine_args: {quality: 1.0}` shifts a fake generator's rewards, `{nan: true}` makes a fake
+reward model return NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from typing import Any
+
+from tasks.config import GeneratorConfig, ScorerConfig
+from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest
+
+_WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larch moss north otter pine".split()
+
+
+class FakeGenerator:
+    def __init__(self, config: GeneratorConfig) -> None:
+        self.config = config
+        self.quality = float(config.engine_args.get("quality", 0.0))
+        self.queue: list[tuple[int, GenerationRequest]] = []
+
+    def add(self, key: int, request: GenerationRequest) -> None:
+        self.queue.append((key, request))
+
+    def step(self) -> list[tuple[int, Answer]]:
+        done = [(key, self._answer(request)) for key, request in self.queue]
+        self.queue = []
+        return done
+
+    def close(self) -> None:
+        self.queue = []
+
+    def _answer(self, request: GenerationRequest) -> Answer:
+        prompt = " ".join(message["content"] for message in request.messages)
+        samples = [self._sample(prompt, request.seed + request.first + i) for i in range(request.samples)]
+        return Answer(prompt_tokens=len(prompt.split()), samples=samples)
+
+    def _sample(self, prompt: str, seed: int) -> Sample:
+        rng = _rng(self.config.name, prompt, seed)
+        spread = _rng("spread", prompt).random()  # prompts differ in how much their answers differ
+        quality = round(self.quality + spread * rng.gauss(0, 1), 2)
+        words = rng.choices(_WORDS, k=min(rng.randint(3, 12), self.config.sampling.max_tokens))
+        return Sample(f"[{quality}] {' '.join(words)}", "stop", len(words) + 1, -2.0 * len(words))
+
+
+class FakeRewardModel:
+    """The number in brackets that a fake generator wrote, or a digest of any other text."""
+
+    def __init__(self, config: ScorerConfig) -> None:
+        self.config = config
+        self.queue: list[tuple[int, ScoringRequest]] = []
+
+    def add(self, key: int, request: ScoringRequest) -> None:
+        self.queue.append((key, request))
+
+    def step(self) -> list[tuple[int, float]]:
+        done = [(key, self._score(request.completion)) for key, request in self.queue]
+        self.queue = []
+        return done
+
+    def close(self) -> None:
+        self.queue = []
+
+    def _score(self, text: str) -> float:
+        if self.config.engine_args.get("nan"):
+            return math.nan
+        noise = 0.1 * _rng(self.config.name, text).gauss(0, 1)
+        if text.startswith("["):
+            return float(text[1 : text.index("]")]) + noise
+        return 10 * noise
+
+
+def _rng(*parts: Any) -> random.Random:
+    return random.Random(hashlib.sha256("\x00".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest())

@@ -1,0 +1,116 @@
+"""vLLM as an engine, on GPUs and on its CPU build.
+
+Requests go straight to the engine core's step loop (`llm.llm_engine`), which takes new requests between steps; the
+`LLM.generate` call around it would drain after every shard. The engine stays in the actor's own process unless the
+environment says otherwise: a second process would import everything again (about 50 s on a small CPU machine).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build only
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vllm import LLM, PoolingParams, SamplingParams, TokensPrompt  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+
+from tasks.config import GeneratorConfig, ModelConfig, ScorerConfig  # noqa: E402
+from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest  # noqa: E402
+from tasks.engines.chat import prompt_ids, scored_ids  # noqa: E402
+from tasks.errors import RunError  # noqa: E402
+
+
+class _VllmEngine:
+    def __init__(self, config: ModelConfig, model: str, runner: str) -> None:
+        self.config = config
+        self.llm = LLM(model=model, **{**_arguments(config, runner), **config.engine_args})
+        self.engine = self.llm.llm_engine
+        self.tokenizer = self.llm.get_tokenizer()
+        self.room = self.llm.model_config.max_model_len
+
+    def close(self) -> None:
+        """Shut the core down: children that outlive it would keep their GPU memory."""
+        self.engine.engine_core.shutdown()
+
+
+class VllmGenerator(_VllmEngine):
+    config: GeneratorConfig
+
+    def __init__(self, config: GeneratorConfig, model: str) -> None:
+        super().__init__(config, model, "generate")
+
+    def add(self, key: int, request: GenerationRequest) -> None:
+        ids = prompt_ids(self.tokenizer, request.messages, self.config.system_prompt)
+        if len(ids) >= self.room:
+            raise ValueError(f"prompt too long: {len(ids)} tokens, the model takes {self.room}")
+        self.engine.add_request(str(key), TokensPrompt(prompt_token_ids=ids), self.params(request))
+
+    def params(self, request: GenerationRequest) -> SamplingParams:
+        """vLLM gives child i of a request the seed + i, so a sample's stream does not depend on the range."""
+        sampling = self.config.sampling
+        return SamplingParams(
+            n=request.samples,
+            seed=request.seed + request.first,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            logprobs=0,  # the drawn token's only; cumulative_logprob needs it
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def step(self) -> list[tuple[int, Answer]]:
+        return [(_key(output), _answer(output)) for output in self.engine.step() if output.finished]
+
+
+class VllmRewardModel(_VllmEngine):
+    def __init__(self, config: ScorerConfig, model: str) -> None:
+        super().__init__(config, model, "pooling")
+        labels = self.llm.model_config.hf_config.num_labels
+        if labels != 1:
+            raise RunError(f"scorer {config.name!r}: {model} has {labels} outputs, not one")
+        # The default activation would squeeze the logit by a sigmoid, and every margin and PVar with it.
+        self.params = PoolingParams(task="classify", use_activation=False)
+
+    def add(self, key: int, request: ScoringRequest) -> None:
+        ids = scored_ids(self.tokenizer, request.messages, request.completion)
+        if len(ids) > self.room:
+            raise ValueError(f"too long: {len(ids)} tokens, the reward model takes {self.room}")
+        self.engine.add_request(str(key), TokensPrompt(prompt_token_ids=ids), self.params.clone())
+
+    def step(self) -> list[tuple[int, float]]:
+        return [(_key(output), output.outputs.data[0].item()) for output in self.engine.step() if output.finished]
+
+
+def _arguments(config: ModelConfig, runner: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "runner": runner,
+        "dtype": config.dtype,
+        "revision": config.revision or None,
+        "trust_remote_code": config.trust_remote_code,
+        "max_model_len": config.max_model_len or None,
+        "disable_log_stats": True,
+    }
+    if current_platform.is_cpu():
+        arguments["enforce_eager"] = True  # compiling pays off on large models only
+        if runner == "generate":
+            # A seeded request whose prefill is chunked dies on CPU: "CPU Generator does not use offset".
+            arguments["enable_chunked_prefill"] = False
+    return arguments
+
+
+def _key(output: Any) -> int:
+    return int(output.request_id.split("-", 1)[0])
+
+
+def _answer(output: Any) -> Answer:
+    samples = [
+        Sample(sample.text, sample.finish_reason, len(sample.token_ids), sample.cumulative_logprob)
+        for sample in sorted(output.outputs, key=lambda sample: sample.index)
+    ]
+    return Answer(len(output.prompt_token_ids), samples)

@@ -1,0 +1,251 @@
+"""ingest: prompts from files into a prompt set of immutable shards.
+
+The input streams: rows are read, checked, de-duplicated (on disk, by digest) and cut into shards one after the other,
+so memory stays flat however long the input is. A bad row is quarantined with its reason. When a source has grown, its
+shards are cut where they were cut before, so that what was paid for the old prompts is found again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.config import ColumnsConfig, IngestConfig
+from tasks.errors import ConfigError, RunError
+from tasks.progress import Meter, Report, silent
+from tasks.records import PROMPTS, QUARANTINE, SCHEMA_VERSION, Counts, PromptSet, Work, digest
+from tasks.sources import BadRow, read_rows, source_digest
+from tasks.store import Store, to_json
+
+_ROLES = {"system", "user", "assistant", "tool"}
+_BLOCK = 1000  # rows between two progress reports
+
+
+def ingest(config: IngestConfig, store: Store, report: Report = silent) -> PromptSet:
+    """The prompt set of a source. A source that was read before with the same settings is not read again."""
+    started = time.monotonic()
+    inputs = digest(
+        {
+            "schema": SCHEMA_VERSION,
+            "source": source_digest(config),
+            **config.model_dump(exclude={"source", "max_quarantined"}),
+        }
+    )
+    pointer = f"prompts/sources/{inputs}.json"
+    if store.exists(pointer):
+        known = store.read_json(pointer)
+        prompts = PromptSet(known["set"], Counts(**known["counts"]))
+        _check_share(config, prompts.counts, [])
+        Meter(report, "ingest", prompts.counts.into, "rows", reused=prompts.counts.into)
+        work = Work(shards_reused=len(shards_of(store, prompts)), seconds=time.monotonic() - started)
+        return replace(prompts, work=work)
+    head = f"prompts/heads/{digest([config.source, config.split, config.columns.model_dump(), config.shard_size])}.json"
+    previous = store.read_json(head)["set"] if store.exists(head) else None
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, quarantine = _read(config, store, previous, Path(folder), Meter(report, "ingest", 0, "rows"))
+        store.create_file(f"prompts/sources/{inputs}.quarantine.parquet", quarantine)
+    counts = {"into": prompts.counts.into, "out": prompts.counts.out, "dropped": prompts.counts.dropped}
+    store.create_json(pointer, {"set": prompts.digest, "counts": counts, "source": config.source})
+    store.replace(head, to_json({"set": prompts.digest}))
+    return replace(prompts, work=Work(prompts.work.shards_made, seconds=time.monotonic() - started))
+
+
+def shards_of(store: Store, prompts: PromptSet) -> list[dict[str, Any]]:
+    """The shards of a prompt set in order: [{"digest": ..., "rows": ...}]."""
+    return store.read_json(f"prompts/{prompts.digest}/manifest.json")["shards"]
+
+
+def read_shard(store: Store, shard: str, columns: list[str] | None = None) -> pa.Table:
+    """One shard's rows (records.PROMPTS)."""
+    return store.read_table(shard_path(shard), columns)
+
+
+def shard_path(shard: str) -> str:
+    return f"prompts/shards/{shard}.parquet"
+
+
+def _read(
+    config: IngestConfig, store: Store, previous: str | None, folder: Path, meter: Meter
+) -> tuple[PromptSet, Path]:
+    """Read everything; the prompt set, and a local file with the quarantined rows."""
+    writer = _ShardWriter(store, config.shard_size, previous)
+    seen = _Seen(folder / "seen.sqlite")
+    quarantine = _Quarantine(folder / "quarantine.parquet")
+    dropped: Counter[str] = Counter()
+    examples: list[str] = []
+    into = 0
+    for row, into in read_rows(config):
+        try:
+            prompt = to_prompt(row, config)
+        except BadRow as bad:
+            dropped[bad.reason] += 1
+            quarantine.add(into, bad)
+            if len(examples) < 3:
+                examples.append(f"row {into}: {bad.reason}: {bad.excerpt[:80]}")
+        else:
+            if seen.add(prompt["prompt_id"]):
+                writer.add(prompt)
+            else:
+                dropped["duplicate"] += 1
+        if into % _BLOCK == 0:
+            meter.add(_BLOCK)
+    meter.add(into % _BLOCK)
+    writer.flush()
+    counts = Counts(into, writer.rows, dict(dropped))
+    _check_share(config, counts, examples)
+    set_digest = digest([shard["digest"] for shard in writer.shards])
+    store.create_json(f"prompts/{set_digest}/manifest.json", {"shards": writer.shards})
+    return PromptSet(set_digest, counts, Work(shards_made=len(writer.shards))), quarantine.close()
+
+
+def to_prompt(row: Any, config: IngestConfig) -> dict[str, Any]:
+    """One row of the input as a row of PROMPTS; BadRow says what is wrong with it."""
+    if isinstance(row, BadRow):
+        raise row
+    columns = config.columns
+    if columns.prompt not in row:
+        raise BadRow("no prompt column", f"columns: {', '.join(map(str, row))}")
+    messages = _messages(row[columns.prompt])
+    size = sum(len(message["content"]) for message in messages)
+    if size > config.max_chars:
+        raise BadRow("prompt too long", f"{size} characters")
+    _check_unicode(messages)
+    return {
+        "prompt_id": digest(messages),
+        "messages": messages,
+        "source": str(row.get(columns.source) or "unknown"),
+        "fields": _fields(row, columns),
+    }
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise BadRow("no prompt" if value in (None, "", []) else "prompt is neither text nor messages", repr(value))
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise BadRow("malformed message", repr(message))
+        if message.get("role") not in _ROLES:
+            raise BadRow("unknown role", repr(message.get("role")))
+        messages.append({"role": message["role"], "content": message["content"]})
+    if not messages[-1]["content"].strip():
+        raise BadRow("empty prompt", "")
+    if messages[-1]["role"] == "assistant":
+        raise BadRow("last message is the assistant's", messages[-1]["content"])
+    return messages
+
+
+def _check_unicode(messages: list[dict[str, str]]) -> None:
+    text = "".join(message["content"] for message in messages)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow("not UTF-8", text.encode(errors="replace").decode()) from None
+    if "\x00" in text:
+        raise BadRow("NUL character", text.replace("\x00", "\\0"))
+
+
+def _fields(row: dict[str, Any], columns: ColumnsConfig) -> str:
+    missing = [name for name in columns.keep if name not in row]
+    if missing:
+        raise BadRow("missing column", ", ".join(missing))
+    try:
+        return json.dumps({name: row[name] for name in columns.keep}, allow_nan=False, default=str)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("kept column is not JSON", str(error)) from None
+
+
+def _check_share(config: IngestConfig, counts: Counts, examples: list[str]) -> None:
+    """Duplicates are no fault; everything else dropped counts against max_quarantined."""
+    if counts.out == 0:
+        why = f"; dropped: {dict(counts.dropped)}" if counts.into else ""
+        raise ConfigError(f"ingest.source {config.source!r} holds no usable prompt ({counts.into} rows{why})")
+    bad = counts.into - counts.out - counts.dropped.get("duplicate", 0)
+    if bad > math.floor(config.max_quarantined * counts.into):
+        raise RunError(
+            f"ingest: {bad} of {counts.into} rows are bad, more than max_quarantined {config.max_quarantined:.0%}: "
+            f"{dict(counts.dropped)}. {' | '.join(examples)}"
+        )
+
+
+class _ShardWriter:
+    """Cuts rows into shards; as long as they equal those of the previous set, cuts where that was cut."""
+
+    def __init__(self, store: Store, shard_size: int, previous: str | None) -> None:
+        self.store, self.shard_size = store, shard_size
+        self.old = store.read_json(f"prompts/{previous}/manifest.json")["shards"] if previous else []
+        self.shards: list[dict[str, Any]] = []
+        self.open: list[dict[str, Any]] = []
+        self.rows = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.open.append(row)
+        self.rows += 1
+        if len(self.open) == (self.old[len(self.shards)]["rows"] if self.old else self.shard_size):
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.open:
+            return
+        shard = {"digest": digest(self.open), "rows": len(self.open)}
+        self.store.create_table(shard_path(shard["digest"]), pa.Table.from_pylist(self.open, schema=PROMPTS))
+        self.shards.append(shard)
+        self.open = []
+        if self.old[: len(self.shards)] != self.shards or len(self.old) == len(self.shards):
+            self.old = []  # the sets part here
+
+
+class _Seen:
+    """Which prompt ids were there; on disk, so that memory stays flat."""
+
+    def __init__(self, path: Path) -> None:
+        self.db = sqlite3.connect(path, isolation_level=None)
+        self.db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;")
+        self.db.execute("CREATE TABLE seen (id BLOB PRIMARY KEY) WITHOUT ROWID")
+        self.db.execute("BEGIN")
+
+    def add(self, prompt_id: str) -> bool:
+        """True when it is new."""
+        return self.db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (bytes.fromhex(prompt_id),)).rowcount == 1
+
+
+class _Quarantine:
+    """Bad rows, written to a local file as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.writer = pq.ParquetWriter(path, QUARANTINE, compression="zstd")
+        self.open: list[dict[str, Any]] = []
+
+    def add(self, row: int, bad: BadRow) -> None:
+        self.open.append({"row": row, "reason": bad.reason, "excerpt": bad.excerpt[:500]})
+        if len(self.open) >= _BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.writer.write_table(pa.Table.from_pylist(self.open, schema=QUARANTINE))
+        self.open = []
+
+    def close(self) -> Path:
+        self._flush()
+        self.writer.close()
+        return self.path
+
+
+def iter_prompts(store: Store, prompts: PromptSet) -> Iterator[tuple[int, str, pa.Table]]:
+    """(index, digest, rows) of each shard in order."""
+    for index, shard in enumerate(shards_of(store, prompts)):
+        yield index, shard["digest"], read_shard(store, shard["digest"])

@@ -1,0 +1,180 @@
+"""Which model is meant, where its files are, and what it is by content.
+
+A model is named by a folder, a hub name, or `policy:NAME[@VERSION]` for one that prefsieve trained. Its identity goes
+into fingerprints: the digest of a folder's files, the commit of a hub model, the version of a policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tasks.config import GeneratorConfig, ScorerConfig, is_local_path
+from tasks.errors import ConfigError
+from tasks.records import SCHEMA_VERSION, digest
+from tasks.store import Store
+from tasks.versions import fetch_version, find_version
+
+POLICY = "policy:"
+_WEIGHTS = {".safetensors", ".bin"}
+_TEXTS = {".json", ".jinja", ".model", ".txt", ".py"}
+
+
+def generator_fingerprint(config: GeneratorConfig, store: Store) -> str:
+    """Digest of all that decides a generator's samples; workers, batch size and how many samples are not part."""
+    return digest(
+        {
+            "schema": SCHEMA_VERSION,
+            "stage": "generate",
+            "engine": config.engine,
+            "model": config.name if config.engine == "fake" else identity("generate", config, store),
+            "system_prompt": config.system_prompt,
+            "sampling": config.sampling.model_dump(),
+            "seed": config.seed,
+            "dtype": config.dtype,
+            "max_model_len": config.max_model_len,
+            "engine_args": config.engine_args,
+        }
+    )
+
+
+def scorer_fingerprint(config: ScorerConfig, store: Store) -> str:
+    """Digest of all that decides a scorer's rewards."""
+    if config.type == "function":
+        what = {"function": config.function, "code": hashlib.sha256(function_source(config).read_bytes()).hexdigest()}
+    else:
+        what = {
+            "engine": config.engine,
+            "model": config.name if config.engine == "fake" else identity("score", config, store),
+            "dtype": config.dtype,
+            "max_model_len": config.max_model_len,
+            "engine_args": config.engine_args,
+        }
+    return digest({"schema": SCHEMA_VERSION, "stage": "score", "type": config.type, **what})
+
+
+def identity(field: str, config: Any, store: Store) -> str:
+    """What a model is by content. ConfigError, naming the configuration's field, when there is no such model."""
+    name = config.model
+    if name.startswith(POLICY):
+        return str(find_version(store, name.removeprefix(POLICY), kind="policies"))
+    if is_local_path(name):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{field}: model folder {name!r} does not exist or holds no config.json; check the path")
+        return folder_digest(folder)
+    return _hub_commit(field, name, config.revision)
+
+
+def local(name: str, store: Store) -> str:
+    """A name that from_pretrained takes; a policy's files are fetched from the store first."""
+    if name.startswith(POLICY):
+        return str(fetch_policy(store, name.removeprefix(POLICY)))
+    return str(Path(name).expanduser()) if is_local_path(name) else name
+
+
+def fetch_policy(store: Store, wanted: str) -> Path:
+    """Local folder with the model of a trained policy, fetched and checked once per machine."""
+    version = find_version(store, wanted, kind="policies")
+    target = cache_folder() / "policies" / digest([store.url, version.place])
+    if not target.is_dir():
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+        fetch_version(store, version, "model/", partial)
+        try:
+            partial.rename(target)
+        except OSError:  # another process was first
+            shutil.rmtree(partial)
+    return target
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of a model folder's weights, configuration and tokenizer, remembered while size and time stand."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _WEIGHTS | _TEXTS)
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    memo = cache_folder() / "digests" / f"{digest([str(folder.absolute()), stats])}.json"
+    if memo.is_file():
+        return json.loads(memo.read_text())
+    result = digest([(file.name, _sha256(file)) for file in files])
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    temporary = memo.with_suffix(f".{uuid.uuid4().hex}")
+    temporary.write_text(json.dumps(result))
+    temporary.replace(memo)
+    return result
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "prefsieve"
+
+
+# --- functions as scorers
+
+
+def function_source(config: ScorerConfig) -> Path:
+    """The file that a function scorer's code is in."""
+    module, _, name = config.function.rpartition(":")
+    if module.endswith(".py"):
+        source = Path(module)
+    else:
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            spec = None
+        source = Path(spec.origin) if spec and spec.origin else Path(module)
+    if not source.is_file():
+        raise ConfigError(f"score: function {config.function!r}: no module or file {module!r}; check the path")
+    return source
+
+
+def load_function(config: ScorerConfig) -> Callable[..., float]:
+    """The callable that `function` names."""
+    module, _, name = config.function.rpartition(":")
+    source = function_source(config)
+    if module.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(f"prefsieve_scorer_{source.stem}", source)
+        assert spec and spec.loader
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    else:
+        loaded = importlib.import_module(module)
+    found = getattr(loaded, name, None)
+    if not callable(found):
+        raise ConfigError(f"score: function {config.function!r}: {module} has no function {name!r}")
+    return found
+
+
+# --- how
+
+
+@lru_cache(maxsize=256)
+def _hub_commit(field: str, name: str, revision: str) -> str:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return f"{name}@{HfApi().model_info(name, revision=revision or None, timeout=20).sha}"
+    except HFValidationError as error:
+        raise ConfigError(f"{field}: model {name!r} is neither a folder here nor a hub name; check the path") from error
+    except (OSError, OfflineModeIsEnabled):  # not found, gated, or no network: what was downloaded before may serve
+        pass
+    try:
+        return f"{name}@{Path(snapshot_download(name, revision=revision or None, local_files_only=True)).name}"
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{field}: model {name!r} is no folder here, and the hub cannot be reached or does not have it; "
+            "check the name, or the network and HF_TOKEN"
+        ) from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,219 @@
+"""The nouns of prefsieve: the rows in the store (Arrow schemas) and the small handles that stages pass on.
+
+Rows live in Parquet files in the store; handles hold only digests and counts, so they travel cheaply through
+Prefect and Ray. A change of a schema's meaning raises SCHEMA_VERSION, which is part of every fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from tasks.errors import RunError
+
+SCHEMA_VERSION = 1
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+PROMPTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),  # digest of the messages
+        ("messages", MESSAGES),
+        ("source", pa.string()),  # where the row came from, for shares and strata
+        ("fields", pa.string()),  # JSON object of the columns kept for function scorers
+    ]
+)
+
+QUARANTINE = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("excerpt", pa.string())])
+
+COMPLETIONS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("refused", pa.string()),  # why the engine refused the prompt; then the lists are empty
+        ("prompt_tokens", pa.int32()),
+        ("texts", pa.list_(pa.string())),
+        ("text_digests", pa.list_(pa.int64())),  # lets `pair` see identical texts without reading them
+        ("finish_reasons", pa.list_(pa.string())),  # stop | length
+        ("tokens", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float64())),  # sum over the sample's tokens, natural log, temperature 1
+    ]
+)
+
+REWARDS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("rewards", pa.list_(pa.float64())),  # null where the scorer gave no finite number
+        ("reasons", pa.list_(pa.string())),  # null where there is a reward
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("shard", pa.int32()),  # index of the prompt shard, then the row in it
+        ("row", pa.int32()),
+        ("source", pa.string()),
+        ("chosen_generator", pa.string()),
+        ("chosen_sample", pa.int32()),
+        ("rejected_generator", pa.string()),
+        ("rejected_sample", pa.int32()),
+        ("score_chosen", pa.float64()),
+        ("score_rejected", pa.float64()),
+        ("margin", pa.float64()),
+        ("pvar", pa.float64()),
+        ("rewards_finite", pa.int32()),  # how many rewards PVar was computed from
+        ("chosen_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+    ]
+)
+
+DROPS = pa.schema([("prompt_id", pa.string()), ("reason", pa.string()), ("pvar", pa.float64())])
+
+SELECTION = pa.schema([("pair", pa.int64()), ("rank", pa.int64())])  # pair: row number in the pairs table
+
+PREFERENCES = pa.schema(
+    [
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("score_chosen", pa.float64()),
+        ("score_rejected", pa.float64()),
+        ("margin", pa.float64()),
+        ("pvar", pa.float64()),
+        ("rank", pa.int64()),  # 0 is the first that the subset's ranking would take
+        ("chosen_generator", pa.string()),
+        ("rejected_generator", pa.string()),
+        ("chosen_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+    ]
+)
+
+
+def digest(value: Any) -> str:
+    """Hex digest (32 characters of SHA-256) of a JSON-able value, independent of key order."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def text_digest(text: str) -> int:
+    """Signed 64-bit digest of a text, for equality checks."""
+    raw = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(raw, "little", signed=True)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as function scorers see it."""
+
+    prompt_id: str
+    messages: list[dict[str, str]]
+    source: str
+    fields_json: str = "{}"
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        return json.loads(self.fields_json)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What went in and came out of a stage. Nothing disappears: into = out + everything dropped by reason."""
+
+    into: int
+    out: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.into != self.out + sum(self.dropped.values()):
+            raise RunError(f"rows were lost: {self.into} in, {self.out} out, dropped {dict(self.dropped)}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage had to do this time; all zero on a rerun."""
+
+    shards_made: int = 0
+    shards_reused: int = 0
+    engine_starts: int = 0
+    requests: int = 0  # calls into an engine: one per prompt (generate) or completion (score)
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A set of prompts, split into shards; its manifest is at prompts/<digest>/manifest.json."""
+
+    digest: str
+    counts: Counts
+    work: Work = Work()
+
+
+@dataclass(frozen=True)
+class Completions:
+    """samples 0..samples-1 of each generator for each prompt of a set."""
+
+    prompts: PromptSet
+    samples: int
+    generators: Mapping[str, str]  # name -> fingerprint
+    counts: Counts
+    work: Work = Work()
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """One reward per completion and scorer."""
+
+    completions: Completions
+    scorers: Mapping[str, str]  # name -> fingerprint
+    counts: Counts
+    work: Work = Work()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One table of pairs, at pairs/<digest>/."""
+
+    name: str
+    digest: str
+    rewards: Rewards
+    counts: Counts
+    work: Work = Work()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a pairs table that a subset takes, at pairs/<pairs digest>/selections/<digest>.parquet."""
+
+    name: str
+    digest: str
+    pairs: Pairs
+    counts: Counts
+    work: Work = Work()
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published subset or a trained policy: <kind>/<name>/<version>/ in the store, never changed."""
+
+    name: str
+    version: str
+    counts: Counts
+    work: Work = Work()
+    kind: str = "subsets"
+
+    @property
+    def place(self) -> str:
+        return f"{self.kind}/{self.name}/{self.version}"
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"

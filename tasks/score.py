@@ -1,0 +1,187 @@
+"""score: one reward per completion and scorer.
+
+A file of rewards lies beside each file of completions, aligned with it row by row. Reward models run in pools of actors
+with one engine each; functions run in a pool of plain actors. Where a scorer gives no finite number there is a null and
+its reason, never a made-up reward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from tasks import models
+from tasks.cluster import run_pool
+from tasks.config import ScoreConfig, ScorerConfig
+from tasks.engines import ScoringRequest, reward_engine
+from tasks.engines.loop import EngineLoop, Refused
+from tasks.errors import RunError
+from tasks.generate import Range, completions_path, covering, existing_ranges
+from tasks.ingest import read_shard, shards_of
+from tasks.progress import Meter, Report, silent
+from tasks.records import REWARDS, Completions, Counts, Prompt, Rewards, Work
+from tasks.store import Store
+
+
+def score(
+    config: ScoreConfig, completions: Completions, store: Store, report: Report = silent, address: str = "local"
+) -> Rewards:
+    """Make the rewards that are missing, for every scorer and generator."""
+    started = time.monotonic()
+    fingerprints = {scorer.name: models.scorer_fingerprint(scorer, store) for scorer in config.scorers}
+    files = list(_files(completions, store))
+    missing = {name: _missing(store, fingerprint, files) for name, fingerprint in fingerprints.items()}
+    total = completions.counts.out * completions.samples * len(config.scorers)
+    todo = sum(item["samples"] for items in missing.values() for item in items)
+    meter = Meter(report, "score", total, "rewards", reused=max(total - todo, 0))
+    totals: Counter[str] = Counter()
+    for scorer in config.scorers:
+        if missing[scorer.name]:
+            arguments = (scorer, fingerprints[scorer.name], store.url)
+
+            def on_done(counts: dict[str, Any], name: str = scorer.name, limit: float = total / len(config.scorers)) -> None:
+                totals.update({key: counts[key] for key in ("requests", "samples", "engine_starts")})
+                totals[name] += counts["missing"]
+                _check_missing(config, name, totals[name], limit, counts["example"])
+                meter.add(counts["samples"])
+
+            run_pool(ScoreWorker, arguments, missing[scorer.name], scorer, on_done, address)
+    counts = _count(config, completions, fingerprints, files, store)
+    made = sum(map(len, missing.values()))
+    work = Work(
+        shards_made=made,
+        shards_reused=len(files) * len(config.scorers) - made,
+        engine_starts=totals["engine_starts"],
+        requests=totals["requests"],
+        samples=totals["samples"],
+        seconds=time.monotonic() - started,
+    )
+    return Rewards(completions, fingerprints, counts, work)
+
+
+class ScoreWorker:
+    """Holds one reward model or function; makes one file of rewards per item."""
+
+    def __init__(self, config: ScorerConfig, fingerprint: str, store_url: str) -> None:
+        self.store = Store(store_url)
+        self.config, self.fingerprint = config, fingerprint
+        if config.type == "function":
+            self.function = models.load_function(config)
+        else:
+            self.loop = EngineLoop(reward_engine(config, models.local(config.model, self.store)))
+
+    async def work(self, item: dict[str, Any]) -> dict[str, Any]:
+        samples = (item["first"], item["last"])
+        source = completions_path(item["generator"], item["shard"], samples)
+        prompts = await asyncio.to_thread(read_shard, self.store, item["shard"])
+        texts = (await asyncio.to_thread(self.store.read_table, source, ["texts"]))["texts"].to_pylist()
+        rows = prompts.to_pylist()
+        outcomes = await (self._by_function(rows, texts) if self.config.type == "function" else self._by_model(rows, texts))
+        table = _table([row["prompt_id"] for row in rows], texts, outcomes)
+        path = rewards_path(self.fingerprint, item["generator"], item["shard"], samples)
+        await asyncio.to_thread(self.store.create_table, path, table)
+        reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        return {
+            "requests": len(outcomes),
+            "samples": len(outcomes),
+            "missing": len(reasons),
+            "example": reasons[0] if reasons else "",
+        }
+
+    async def _by_model(self, rows: list[dict[str, Any]], texts: list[list[str]]) -> list[float | str]:
+        requests = [
+            ScoringRequest(row["messages"], text) for row, row_texts in zip(rows, texts, strict=True) for text in row_texts
+        ]
+        answers = await asyncio.wrap_future(self.loop.submit(requests))
+        return [answer.reason if isinstance(answer, Refused) else _finite(answer) for answer in answers]
+
+    async def _by_function(self, rows: list[dict[str, Any]], texts: list[list[str]]) -> list[float | str]:
+        def score_all() -> list[float | str]:
+            outcomes = []
+            for row, row_texts in zip(rows, texts, strict=True):
+                prompt = Prompt(row["prompt_id"], row["messages"], row["source"], row["fields"])
+                outcomes += [self._call(prompt, text) for text in row_texts]
+            return outcomes
+
+        return await asyncio.to_thread(score_all)
+
+    def _call(self, prompt: Prompt, text: str) -> float | str:
+        try:
+            return _finite(float(self.function(prompt, text)))
+        except Exception as error:  # somebody else's code on a hostile text: that reward is missing, the run goes on
+            return f"function raised {type(error).__name__}: {error}"
+
+
+def rewards_path(scorer: str, generator: str, shard: str, samples: Range) -> str:
+    return f"rewards/{scorer}/{generator}/{shard}.{samples[0]}-{samples[1]}.parquet"
+
+
+def _files(completions: Completions, store: Store) -> Any:
+    """The files of completions that hold the wanted samples, as items for the workers."""
+    shards = shards_of(store, completions.prompts)
+    for generator in completions.generators.values():
+        there = existing_ranges(store, f"completions/{generator}")
+        for shard in shards:
+            for (first, last), _ in covering(there[shard["digest"]], completions.samples):
+                samples = shard["rows"] * (last - first)
+                yield {"generator": generator, "shard": shard["digest"], "first": first, "last": last, "samples": samples}
+
+
+def _missing(store: Store, scorer: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    there = set(store.list(f"rewards/{scorer}"))
+    return [item for item in files if _path(scorer, item) not in there]
+
+
+def _path(scorer: str, item: dict[str, Any]) -> str:
+    return rewards_path(scorer, item["generator"], item["shard"], (item["first"], item["last"]))
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else f"not finite: {value}"
+
+
+def _table(ids: list[str], texts: list[list[str]], outcomes: list[float | str]) -> pa.Table:
+    """Outcomes, in the order of the texts, as one row per prompt."""
+    rows, start = [], 0
+    for prompt_id, row_texts in zip(ids, texts, strict=True):
+        mine = outcomes[start : start + len(row_texts)]
+        start += len(row_texts)
+        rewards = [None if isinstance(outcome, str) else outcome for outcome in mine]
+        reasons = [outcome if isinstance(outcome, str) else None for outcome in mine]
+        rows.append({"prompt_id": prompt_id, "rewards": rewards, "reasons": reasons})
+    return pa.Table.from_pylist(rows, schema=REWARDS)
+
+
+def _count(
+    config: ScoreConfig,
+    completions: Completions,
+    fingerprints: dict[str, str],
+    files: list[dict[str, Any]],
+    store: Store,
+) -> Counts:
+    """Completions in and rewards out, over all scorers, from the files themselves."""
+    into, dropped = 0, Counter[str]()
+    for name, fingerprint in fingerprints.items():
+        mine, example, seen = 0, "", 0
+        for item in files:
+            reasons = store.read_table(_path(fingerprint, item), ["reasons"])["reasons"].combine_chunks().flatten()
+            seen += len(reasons)
+            for reason in reasons.drop_null().to_pylist():
+                dropped[f"{name}: {reason.split(':')[0]}"] += 1
+                mine, example = mine + 1, reason
+        _check_missing(config, name, mine, seen, example)
+        into += seen
+    return Counts(into, into - sum(dropped.values()), dict(dropped))
+
+
+def _check_missing(config: ScoreConfig, name: str, missing: int, of: float, example: str) -> None:
+    if missing > config.max_missing * of:
+        raise RunError(
+            f"score: {missing} of {of:,.0f} rewards of scorer {name!r} are missing, more than max_missing "
+            f"{config.max_missing:.0%}: {example}. The completions are kept; mend the scorer and run again."
+        )

@@ -1,0 +1,213 @@
+"""The store: the one module that knows where things lie and puts them there.
+
+Any fsspec URL: a local folder or `s3://bucket/prefix` (credentials and endpoint from the usual AWS_* variables).
+A file appears whole or not at all, and what exists is never changed: `create` is a link of a finished local file, or
+one S3 put with If-None-Match. The first writer wins; the others see that it is there. Only `replace`, for the few
+pointers such as `latest.json`, overwrites.
+
+    prompts/<set>/manifest.json                             shards of a prompt set, quarantine beside it
+    prompts/shards/<shard>.parquet                          rows of one shard
+    completions/<generator>/<shard>.<first>-<last>.parquet  samples first..last-1, one row a prompt
+    rewards/<scorer>/<generator>/<shard>.<first>-<last>.parquet
+    pairs/<digest>/                                         pairs, drops, selections
+    subsets/<name>/<version>/                               what people use
+    policies/<name>/<version>/                              what training made
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.errors import ConfigError, RunError
+
+# Servers answer a lost race on a conditional put differently: FileExistsError, or a bare OSError for the 412.
+_LOST_RACE_ERRNOS = {22}
+
+
+class Store:
+    """Whole files under one URL, by path relative to it. Cheap to make: each Ray actor makes its own."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = str(url).rstrip("/")
+        protocol = self.url.split("://", 1)[0] if "://" in self.url else "file"
+        if protocol not in ("file", "s3"):
+            raise ConfigError(f"store: {self.url!r} is neither a folder nor an s3:// URL; use one of these")
+        self.local = protocol == "file"
+        if self.local:
+            self.url = str(Path(self.url.removeprefix("file://")).absolute())
+            self.fs = fsspec.filesystem("file")
+        else:
+            self.fs = fsspec.filesystem(
+                "s3",
+                use_listings_cache=False,
+                config_kwargs={"retries": {"mode": "adaptive", "max_attempts": 8}, "connect_timeout": 10},
+            )
+        self.root = self.url if self.local else self.url.removeprefix("s3://")
+
+    def __repr__(self) -> str:
+        return f"Store({self.url})"
+
+    def full(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    # --- whole files
+
+    def read(self, path: str) -> bytes:
+        return self.fs.cat_file(self.full(path))
+
+    def sha256(self, path: str) -> str:
+        """Of a file of any size, read in pieces."""
+        hasher = hashlib.sha256()
+        with self.fs.open(self.full(path), "rb", cache_type="readahead") as file:
+            while piece := file.read(8 << 20):
+                hasher.update(piece)
+        return hasher.hexdigest()
+
+    def exists(self, path: str) -> bool:
+        return self.fs.isfile(self.full(path))
+
+    def list(self, prefix: str) -> list[str]:
+        """Paths of all files below a prefix, sorted; empty when there are none."""
+        found = self.fs.find(self.full(prefix))
+        names = (name.removeprefix(self.root + "/") for name in found)
+        return sorted(name for name in names if "/.tmp-" not in name)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a new file; False when it was already there (then nothing is written)."""
+        if self.local:
+            with self._beside(path) as temporary:
+                temporary.write_bytes(data)
+                return self._link(temporary, path)
+        return self._conditional(self.fs.pipe_file, self.full(path), data)
+
+    def create_file(self, path: str, source: Path) -> bool:
+        """Copy a finished local file to a new path; False when it was already there."""
+        if self.local:
+            with self._beside(path) as temporary:
+                shutil.copyfile(source, temporary)
+                return self._link(temporary, path)
+        return self._conditional(self.fs.put_file, str(source), self.full(path))
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a pointer, over what was there."""
+        if self.local:
+            with self._beside(path) as temporary:
+                temporary.write_bytes(data)
+                os.replace(temporary, self.full(path))
+        else:
+            self.fs.pipe_file(self.full(path), data)
+
+    def fetch(self, path: str, target: Path) -> Path:
+        """Copy a file to a local path."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get_file(self.full(path), str(target))
+        return target
+
+    # --- JSON and tables
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read(path))
+
+    def create_json(self, path: str, value: Any) -> bool:
+        return self.create(path, to_json(value))
+
+    def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        source = self.full(path) if self.local else pa.BufferReader(self.read(path))
+        return pq.read_table(source, columns=columns, partitioning=None)
+
+    def create_table(self, path: str, table: pa.Table) -> bool:
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return self.create(path, sink.getvalue())
+
+    # --- the server's promises
+
+    def check(self) -> str:
+        """Write, read back and delete a probe. Returns what was found out, in words.
+
+        Raises RunError when the store cannot be used. A server that ignores If-None-Match is said, not refused: with
+        one writer at a time nothing is at stake, since equal paths hold equal content.
+        """
+        probe = f".probe/{uuid.uuid4().hex}"
+        fs, retries = self.fs, getattr(self.fs, "retries", None)
+        try:
+            if retries is not None:
+                fs.retries = 1  # an unreachable server should be said at once
+            first = self.create(probe, b"1")
+            second = self.create(probe, b"2")
+            kept = self.read(probe)
+            fs.rm_file(self.full(probe))
+        except RunError:
+            raise
+        except Exception as error:  # fsspec, botocore and aiohttp share no base class below this
+            raise RunError(f"store {self.url} cannot be used: {_first_line(error)}. {self._hint()}") from error
+        finally:
+            if retries is not None:
+                fs.retries = retries
+        if first and not second and kept == b"1":
+            return "writes are conditional: two runs may share this store"
+        return "the server ignores If-None-Match: let one run at a time write to this store"
+
+    def _hint(self) -> str:
+        if self.local:
+            return "Check that the folder can be created and written."
+        return (
+            "Check that the bucket exists and the AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL "
+            "of this environment (for a server other than AWS)."
+        )
+
+    # --- how
+
+    @contextlib.contextmanager
+    def _beside(self, path: str) -> Iterator[Path]:
+        """A temporary path in the target's folder, gone afterwards."""
+        target = Path(self.full(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _link(self, temporary: Path, path: str) -> bool:
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, self.full(path))  # fails when the target exists, unlike a rename
+        except FileExistsError:
+            return False
+        return True
+
+    def _conditional(self, put: Any, *arguments: Any) -> bool:
+        try:
+            put(*arguments, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in _LOST_RACE_ERRNOS and "precondition" in str(error).lower():
+                return False
+            raise
+        return True
+
+
+def to_json(value: Any) -> bytes:
+    """JSON as the store keeps it: readable, keys in the order given, ending in a newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
