@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,22 +86,22 @@ def run_pool(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _Actor,
-        fn_constructor_args=(worker, arguments),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(
-            size=min(config.workers, len(items)), max_tasks_in_flight_per_actor=IN_FLIGHT
-        ),
-        num_cpus=config.cpus,
-        num_gpus=config.gpus or None,
-        ray_remote_args_fn=lambda: {"max_concurrency": IN_FLIGHT},
-    )
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # max_concurrency has no named parameter in 2.60
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _Actor,
+            fn_constructor_args=(worker, arguments),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                size=min(config.workers, len(items)), max_tasks_in_flight_per_actor=IN_FLIGHT
+            ),
+            num_cpus=config.cpus,
+            num_gpus=config.gpus or None,
+            max_concurrency=IN_FLIGHT,
+        )
+    with reraise(ray):
         for row in done.iter_rows():
             on_done(row)
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from error
 
 
 class _Actor:
@@ -128,8 +129,16 @@ def _check_room(ray: Any, config: ModelConfig) -> None:
             )
 
 
+@contextlib.contextmanager
+def reraise(ray: Any) -> Iterator[None]:
+    """Raise what really happened in an actor, without Ray's layers around it."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
+
+
 def _cause(error: BaseException) -> BaseException:
-    """What really happened in the actor, without Ray's layers around it."""
     inner: BaseException = error
     while getattr(inner, "cause", None) is not None:
         inner = inner.cause

@@ -19,10 +19,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_STORE = ".prefsieve/store"
 
 
-def default_store() -> str:
-    return os.environ.get("PREFSIEVE_STORE", DEFAULT_STORE)
-
-
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -160,8 +156,12 @@ class PublishConfig(Section):
 
 
 class RunConfig(Section):
-    store: str = Field(default_factory=default_store, description="Folder or s3:// URL that keeps everything.")
+    store: str = Field("", description="Folder or s3:// URL; empty takes PREFSIEVE_STORE, else .prefsieve/store.")
     ray_address: str = Field("local", description="local starts Ray here; auto joins the cluster this process is in.")
+
+    @property
+    def store_url(self) -> str:
+        return self.store or os.environ.get("PREFSIEVE_STORE", DEFAULT_STORE)
 
 
 class CurateConfig(RunConfig):

@@ -13,14 +13,13 @@ class Progress:
     done: int
     total: int  # 0: not known
     unit: str
-    seconds: float  # since the stage started
+    rate: float  # units per second since the first one was there: without the start of engines
     reused: int = 0  # of done: found in the store, took no time
     note: str = ""  # further numbers, in words
 
     @property
-    def rate(self) -> float:
-        """Units per second, of those that were made now."""
-        return (self.done - self.reused) / self.seconds if self.seconds > 0 else 0.0
+    def finished(self) -> bool:
+        return self.done >= self.total > 0
 
     @property
     def eta(self) -> float | None:
@@ -52,15 +51,28 @@ class Meter:
         self.report, self.stage, self.total, self.unit, self.reused = report, stage, total, unit, reused
         self.done = reused
         self.started = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first units were there, and how many
         self.add(0)
 
     @property
     def seconds(self) -> float:
+        """Since the stage started."""
         return time.monotonic() - self.started
 
     def add(self, units: int, note: str = "") -> None:
         self.done += units
-        self.report(Progress(self.stage, self.done, self.total, self.unit, self.seconds, self.reused, note))
+        if units and self._first is None:
+            self._first = (time.monotonic(), self.done)
+        self.report(Progress(self.stage, self.done, self.total, self.unit, self._rate(), self.reused, note))
+
+    def _rate(self) -> float:
+        if self._first is None:
+            return 0.0
+        since, done = self._first
+        elapsed = time.monotonic() - since
+        if self.done > done and elapsed > 1:
+            return (self.done - done) / elapsed
+        return (self.done - self.reused) / max(self.seconds, 1e-3)
 
 
 def duration(seconds: float) -> str:

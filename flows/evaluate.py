@@ -1,0 +1,57 @@
+"""evaluate: held-out prompts in; rewards, win rate and lengths of a policy against a reference out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows import reporting, stages
+from tasks.cluster import disconnecting
+from tasks.config import CompareConfig, EvaluateConfig, GenerateConfig, IngestConfig, ScoreConfig
+from tasks.store import Store
+
+_COMPARE = CompareConfig()
+
+
+@flow(name="evaluate")
+def evaluate(
+    ingest: IngestConfig,
+    generate: GenerateConfig,
+    score: ScoreConfig,
+    evaluate: CompareConfig = _COMPARE,
+    store: str = "",
+    ray_address: str = "local",
+) -> dict[str, Any]:
+    """Compare a policy with a reference on held-out prompts.
+
+    Args:
+        ingest: The held-out prompts.
+        generate: The two models; a trained policy is named policy:NAME[@VERSION].
+        score: What rates their answers.
+        evaluate: Which of the two is under test.
+        store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
+        ray_address: local starts Ray here; auto joins the cluster that this process is part of.
+    """
+    config = EvaluateConfig(
+        ingest=ingest, generate=generate, score=score, evaluate=evaluate, store=store, ray_address=ray_address
+    )
+    url = config.store_url
+    with disconnecting():
+        stages.check(url)
+        prompts = stages.ingest(config.ingest, url)
+        completions = stages.generate(config.generate, prompts, url, config.ray_address)
+        rewards = stages.score(config.score, completions, url, config.ray_address)
+        result = stages.evaluate(config.evaluate, rewards, url)
+    report = {
+        "store": Store(url).url,
+        **result,
+        "stages": [
+            reporting.stage_row("ingest", prompts.counts, prompts.work),
+            reporting.stage_row("generate", completions.counts, completions.work),
+            reporting.stage_row("score", rewards.counts, rewards.work),
+        ],
+    }
+    reporting.show_counts("evaluate", report["stages"])
+    reporting.show_report("evaluate", reporting.evaluate_markdown(report))
+    return report

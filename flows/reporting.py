@@ -1,0 +1,175 @@
+"""What a run shows while it goes and when it is done: progress, counts and the report, as Prefect artifacts and logs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from tasks.card import describe, dropped_words
+from tasks.progress import Progress, Report
+from tasks.records import Counts, Version, Work
+from tasks.store import Store
+from tasks.versions import read_manifest
+
+_ARTIFACT_EVERY = 2.0  # seconds between two updates of a progress artifact
+_LOG_EVERY = 10.0
+
+
+@contextlib.contextmanager
+def progress_artifact(stage: str) -> Iterator[Report]:
+    """A reporter that keeps one progress artifact up to date and logs now and then; the end is always shown."""
+    logger = get_run_logger()
+    artifact: UUID | None = None
+    shown = logged = -math.inf
+    last: Progress | None = None
+
+    def show(progress: Progress) -> None:
+        nonlocal artifact
+        percent = 100 * progress.done / progress.total if progress.total else 0.0
+        if artifact is None:
+            artifact = create_progress_artifact(percent, key=f"{stage}-progress", description=str(progress))
+        else:
+            update_progress_artifact(artifact, percent, description=str(progress))
+
+    def report(progress: Progress) -> None:
+        nonlocal shown, logged, last
+        last, now = progress, time.monotonic()
+        if now - shown >= _ARTIFACT_EVERY:
+            shown = now
+            show(progress)
+        if progress.done and now - logged >= _LOG_EVERY and not progress.finished:
+            logged = now
+            logger.info("%s: %s", progress.stage, progress)
+
+    yield report
+    if last:
+        done = Progress(last.stage, last.done, last.done, last.unit, last.rate, last.reused, last.note)
+        show(done)
+        logger.info("%s: %s", done.stage, done)
+
+
+def stage_row(stage: str, counts: Counts, work: Work) -> dict[str, Any]:
+    """One stage as a row of the counts table."""
+    return {
+        "stage": stage,
+        "in": counts.into,
+        "out": counts.out,
+        "dropped": dict(sorted(counts.dropped.items())),
+        "engine_starts": work.engine_starts,
+        "requests": work.requests,
+        "tokens": work.tokens,
+        "shards_made": work.shards_made,
+        "shards_reused": work.shards_reused,
+        "seconds": round(work.seconds, 2),
+    }
+
+
+def subset_row(store: Store, version: Version) -> dict[str, Any]:
+    """One published subset as a row of the report."""
+    content = read_manifest(store, version)["content"]
+    return {
+        "name": version.name,
+        "version": version.version,
+        "selection": describe(content["subset"]),
+        "pairing": content["pairing"]["rule"],
+        "pairs": content["summary"]["rows"],
+        **{key: content["summary"][f"mean_{key}"] for key in ("pvar", "margin", "chosen_tokens", "rejected_tokens")},
+    }
+
+
+def show_counts(flow: str, stages: list[dict[str, Any]]) -> None:
+    """The table artifact of counts and drops."""
+    rows = [{**row, "dropped": dropped_words(row["dropped"])} for row in stages]
+    create_table_artifact(rows, key=f"{flow}-counts", description="Rows in, out and dropped, and the work done, by stage")
+
+
+def show_report(flow: str, markdown: str) -> None:
+    """The report artifact."""
+    create_markdown_artifact(markdown, key=f"{flow}-report", description=f"Report of {flow}")
+
+
+def curate_markdown(report: dict[str, Any]) -> str:
+    """The report of a curate run, for people."""
+    parts = ["# Published subsets", "", *table(report["subsets"]), "", "# What was dropped, and the work done", ""]
+    stages = [{**row, "dropped": dropped_words(row["dropped"])} for row in report["stages"]]
+    return "\n".join([*parts, *table(stages), "", f"Store: `{report['store']}`", ""])
+
+
+def train_markdown(report: dict[str, Any]) -> str:
+    """The report of a training run."""
+    return "\n".join(
+        [
+            f"# Policy `{report['policy']}`",
+            "",
+            f"Trained on `{report['subset']}`: {report['pairs']:,} pairs, {report['steps']} steps"
+            f" (dropped: {dropped_words(report['dropped'])}).",
+            "",
+            *table([{"": "first step", **report["first"]}, {"": "last step", **report["last"]}]),
+            "",
+        ]
+    )
+
+
+def evaluate_markdown(report: dict[str, Any]) -> str:
+    """The report of an evaluation."""
+    rows, sources = [], []
+    for scorer, result in report["scorers"].items():
+        rows.append({"scorer": scorer, **_comparison(result)})
+        sources += [{"scorer": scorer, "source": name, **_comparison(part)} for name, part in result["by_source"].items()]
+    tokens = report["mean_tokens"]
+    return "\n".join(
+        [
+            f"# {report['policy']} against {report['reference']}",
+            "",
+            f"{report['prompts']:,} held-out prompts, {report['samples']} samples each. Mean length "
+            f"{_number(tokens['policy'])} against {_number(tokens['reference'])} tokens.",
+            "",
+            *table(rows),
+            "",
+            "## By source",
+            "",
+            *table(sources),
+            "",
+        ]
+    )
+
+
+def _comparison(result: dict[str, Any]) -> dict[str, Any]:
+    error = "" if result["standard_error"] is None else f" ± {100 * result['standard_error']:.1f}"
+    rate = "none" if result["win_rate"] is None else f"{100 * result['win_rate']:.1f} %{error}"
+    means = result["mean_reward"]
+    return {"win rate": rate, "mean reward": means["policy"], "reference": means["reference"], "prompts": result["prompts"]}
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a markdown table; the columns are the first row's keys."""
+    if not rows:
+        return ["(none)"]
+    header = list(rows[0])
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(_cell(row.get(name)) for name in header) + " |" for row in rows]
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return _number(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,109 @@
+"""The stages as Prefect tasks: one task per stage, whatever the number of rows.
+
+Results are small handles. What is done is known by the store alone, so Prefect's cache is off. Only faults of the
+network are tried again: a wrong configuration or a failing model would fail again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+import tasks.evaluate
+import tasks.generate
+import tasks.ingest
+import tasks.pair
+import tasks.publish
+import tasks.score
+import tasks.subset
+import tasks.train
+from flows.reporting import progress_artifact
+from tasks.config import (
+    CompareConfig,
+    CurateConfig,
+    GenerateConfig,
+    IngestConfig,
+    PairingConfig,
+    ScoreConfig,
+    SubsetConfig,
+    TrainConfig,
+)
+from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version
+from tasks.store import Store
+
+
+def _is_network_fault(task: Any, run: Any, state: Any) -> bool:
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, ConnectionError | TimeoutError | OSError)
+
+
+_STAGE: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": 2,
+    "retry_delay_seconds": 10,
+    "retry_condition_fn": _is_network_fault,
+}
+
+
+@task(name="check", task_run_name="check", **_STAGE)
+def check(store: str) -> str:
+    """Is the store usable, and does it keep its promises?"""
+    return Store(store).check()
+
+
+@task(name="ingest", task_run_name="ingest", **_STAGE)
+def ingest(config: IngestConfig, store: str) -> PromptSet:
+    with progress_artifact("ingest") as report:
+        return tasks.ingest.ingest(config, Store(store), report)
+
+
+@task(name="generate", task_run_name="generate", **_STAGE)
+def generate(config: GenerateConfig, prompts: PromptSet, store: str, ray_address: str) -> Completions:
+    with progress_artifact("generate") as report:
+        return tasks.generate.generate(config, prompts, Store(store), report, ray_address)
+
+
+@task(name="score", task_run_name="score", **_STAGE)
+def score(config: ScoreConfig, completions: Completions, store: str, ray_address: str) -> Rewards:
+    with progress_artifact("score") as report:
+        return tasks.score.score(config, completions, Store(store), report, ray_address)
+
+
+@task(name="pair", task_run_name="pair", **_STAGE)
+def pair(configs: list[PairingConfig], rewards: Rewards, store: str) -> list[Pairs]:
+    with progress_artifact("pair") as report:
+        return [tasks.pair.pair(config, rewards, Store(store), report) for config in configs]
+
+
+@task(name="subset", task_run_name="subset", **_STAGE)
+def subset(configs: list[SubsetConfig], pairs: list[Pairs], store: str) -> list[Selection]:
+    tables = {table.name: table for table in pairs}
+    with progress_artifact("subset") as report:
+        return [
+            tasks.subset.subset(config, tables[config.pairs or pairs[0].name], Store(store), report)
+            for config in configs
+        ]
+
+
+@task(name="publish", task_run_name="publish", **_STAGE)
+def publish(config: CurateConfig, selections: list[Selection], store: str) -> list[Version]:
+    with progress_artifact("publish") as report:
+        return [
+            tasks.publish.publish(config.publish, subset, selection, Store(store), report)
+            for subset, selection in zip(config.subset, selections, strict=True)
+        ]
+
+
+@task(name="train", task_run_name="train", **_STAGE)
+def train(config: TrainConfig, store: str) -> Version:
+    with progress_artifact("train") as report:
+        return tasks.train.train(config, Store(store), report)
+
+
+@task(name="evaluate", task_run_name="evaluate", **_STAGE)
+def evaluate(config: CompareConfig, rewards: Rewards, store: str) -> dict[str, Any]:
+    with progress_artifact("evaluate") as report:
+        return tasks.evaluate.evaluate(config, rewards, Store(store), report)

@@ -1,0 +1,66 @@
+"""train: a published subset in, a trained policy out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from prefect import flow
+
+from flows import reporting, stages
+from tasks.cluster import disconnecting
+from tasks.config import PolicyConfig, TrainConfig, TrainingConfig
+from tasks.store import Store
+from tasks.versions import read_manifest
+
+_TRAIN = TrainingConfig()
+
+
+@flow(name="train")
+def train(
+    name: str,
+    subset: str,
+    policy: PolicyConfig,
+    train: TrainingConfig = _TRAIN,
+    store: str = "",
+    ray_address: str = "local",
+) -> dict[str, Any]:
+    """Train a policy on a published subset.
+
+    Args:
+        name: The trained policy is kept under this name.
+        subset: Published subset, NAME or NAME@VERSION.
+        policy: The model to start from, and the resources for training.
+        train: Objective and settings.
+        store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
+        ray_address: local starts Ray here; auto joins the cluster that this process is part of.
+    """
+    config = TrainConfig(
+        name=name, subset=subset, policy=policy, train=train, store=store, ray_address=ray_address
+    )
+    url = config.store_url
+    with disconnecting():
+        stages.check(url)
+        trained = stages.train(config, url)
+    content = read_manifest(Store(url), trained)["content"]
+    steps = [json.loads(line) for line in Store(url).read(f"{trained.place}/metrics.jsonl").splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    report = {
+        "store": Store(url).url,
+        "policy": str(trained),
+        "subset": content["parents"]["subset"],
+        "pairs": trained.counts.out,
+        "dropped": dict(trained.counts.dropped),
+        "steps": len(steps),
+        "first": _brief(steps[0]),
+        "last": _brief(steps[-1]),
+        "stages": [reporting.stage_row("train", trained.counts, trained.work)],
+    }
+    reporting.show_counts("train", report["stages"])
+    reporting.show_report("train", reporting.train_markdown(report))
+    return report
+
+
+def _brief(step: dict[str, Any]) -> dict[str, float]:
+    names = {"loss": "loss", "rewards/margins": "implicit_margin", "rewards/accuracies": "implicit_accuracy"}
+    return {name: step[key] for key, name in names.items() if key in step}

@@ -1,0 +1,159 @@
+"""train: a published subset becomes a policy.
+
+The job runs as a Ray actor that fetches the version (checking every digest), trains, and publishes the model with its
+metrics as policies/<name>/<version>/. Checkpoints go to the store as they are made; a job that died goes on from the last.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tasks import models
+from tasks.cluster import connect, reraise
+from tasks.config import TrainConfig
+from tasks.progress import Meter, Report, silent
+from tasks.records import SCHEMA_VERSION, Counts, Version, Work, digest
+from tasks.store import Store, to_json
+from tasks.versions import (
+    fetch_version,
+    find_build,
+    find_version,
+    publish_folder,
+    read_manifest,
+    remember_build,
+)
+
+_POLL = 1.0  # seconds
+
+
+def train(config: TrainConfig, store: Store, report: Report = silent) -> Version:
+    """The policy that this subset, model and training configuration give; trained once."""
+    started = time.monotonic()
+    subset = find_version(store, config.subset)
+    inputs = digest(
+        {
+            "schema": SCHEMA_VERSION,
+            "stage": "train",
+            "subset": str(subset),
+            "model": models.identity("policy.model", config.policy, store),
+            "dtype": config.policy.dtype,
+            **config.train.model_dump(),
+        }
+    )
+    known = find_build(store, "policies", config.name, inputs)
+    if known:
+        Meter(report, "train", 1, "policies", reused=1)
+        return known
+    ray = connect(config.ray_address)
+    actor = ray.remote(TrainWorker).options(
+        num_cpus=config.policy.cpus, num_gpus=config.policy.gpus, max_concurrency=2
+    )
+    worker = actor.remote(config, str(subset), inputs, store.url)
+    with reraise(ray):
+        done = worker.run.remote()
+        meter, seen = None, 0
+        while not ray.wait([done], timeout=_POLL)[0]:
+            step, steps, loss = ray.get(worker.progress.remote())
+            if steps and meter is None:
+                meter = Meter(report, "train", steps, "steps")
+            if meter and step > seen:
+                meter.add(step - seen, f"loss {loss:.4f}")
+                seen = step
+        version = find_version(store, f"{config.name}@{ray.get(done)}", kind="policies")
+    ray.kill(worker)
+    return Version(version.name, version.version, version.counts, Work(seconds=time.monotonic() - started), "policies")
+
+
+class TrainWorker:
+    """One training job; `progress` answers while `run` works."""
+
+    def __init__(self, config: TrainConfig, subset: str, inputs: str, store_url: str) -> None:
+        self.config, self.inputs = config, inputs
+        self.store = Store(store_url)
+        self.subset = find_version(self.store, subset)
+        self.state: tuple[int, int, float] = (0, 0, 0.0)
+
+    def progress(self) -> tuple[int, int, float]:
+        """Step, steps in all (0: not begun), loss."""
+        return self.state
+
+    def run(self) -> str:
+        """Train and publish; the policy's version."""
+        from tasks.trainers.dpo import train_dpo
+
+        with tempfile.TemporaryDirectory() as room:
+            folder = Path(room) / "version"
+            data = fetch_version(self.store, self.subset, "data/", Path(room) / "data")
+            counts = train_dpo(
+                self.config,
+                models.local(self.config.policy.model, self.store),
+                data,
+                Path(room),
+                self._on_step,
+                self._save_checkpoint,
+                self._last_checkpoint(Path(room)),
+            )
+            folder.mkdir()
+            (Path(room) / "model").rename(folder / "model")
+            (Path(room) / "metrics.jsonl").rename(folder / "metrics.jsonl")
+            content = self._content(counts)
+            (folder / "README.md").write_text(_card(content), encoding="utf-8")
+            version = publish_folder(self.store, "policies", self.config.name, folder, content)
+        remember_build(self.store, version, self.inputs)
+        return version.version
+
+    def _on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        self.state = (step, steps, metrics.get("loss", 0.0))
+
+    def _content(self, counts: Counts) -> dict[str, Any]:
+        config = self.config
+        return {
+            "name": config.name,
+            "kind": "policy",
+            "counts": {"into": counts.into, "out": counts.out, "dropped": dict(counts.dropped)},
+            "parents": {
+                "subset": str(self.subset),
+                "model": models.identity("policy.model", config.policy, self.store),
+                "model_name": config.policy.model,
+            },
+            "train": config.train.model_dump(),
+            "dtype": config.policy.dtype,
+            "subset_summary": read_manifest(self.store, self.subset)["content"]["summary"],
+        }
+
+    # --- checkpoints: files first, complete.json last; a checkpoint without it is not there
+
+    @property
+    def _checkpoints(self) -> str:
+        return f"policies/{self.config.name}/checkpoints/{self.inputs}"
+
+    def _save_checkpoint(self, folder: Path) -> None:
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "training_args.bin"]
+        for file in files:
+            self.store.create_file(f"{self._checkpoints}/{folder.name}/{file.relative_to(folder)}", file)
+        names = [str(file.relative_to(folder)) for file in files]
+        self.store.create(f"{self._checkpoints}/{folder.name}/complete.json", to_json({"files": names}))
+
+    def _last_checkpoint(self, room: Path) -> Path | None:
+        complete = [path for path in self.store.list(self._checkpoints) if path.endswith("/complete.json")]
+        if not complete:
+            return None
+        last = max(complete, key=lambda path: int(path.split("/")[-2].rpartition("-")[2]))
+        name = last.split("/")[-2]
+        for file in self.store.read_json(last)["files"]:
+            self.store.fetch(f"{self._checkpoints}/{name}/{file}", room / "resume" / name / file)
+        return room / "resume" / name
+
+
+def _card(content: dict[str, Any]) -> str:
+    train = content["train"]
+    settings = "\n".join(f"| {key} | {value} |" for key, value in train.items())
+    return (
+        f"# {content['name']}\n\n"
+        f"Trained by {train['objective'].upper()} from `{content['parents']['model_name']}` on the published subset\n"
+        f"`{content['parents']['subset']}` ({content['counts']['out']:,} pairs).\n\n"
+        f"| setting | value |\n|---|---|\n{settings}\n\nMetrics of every step are in `metrics.jsonl`.\n"
+    )
