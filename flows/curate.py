@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows import reporting, stages
+from flows import markdown, reporting, stages
 from tasks.cluster import disconnecting
 from tasks.config import (
     CurateConfig,
@@ -58,7 +58,7 @@ def curate(
     )
     url = config.store_url
     with disconnecting():
-        stages.check(url)
+        stages.check(config)
         prompts = stages.ingest(config.ingest, url)
         completions = stages.generate(config.generate, prompts, url, config.ray_address)
         rewards = stages.score(config.score, completions, url, config.ray_address)
@@ -78,5 +78,5 @@ def curate(
         ],
     }
     reporting.show_counts("curate", report["stages"])
-    reporting.show_report("curate", reporting.curate_markdown(report))
+    reporting.show_report("curate", markdown.curate_markdown(report))
     return report

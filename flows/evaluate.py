@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows import reporting, stages
+from flows import markdown, reporting, stages
 from tasks.cluster import disconnecting
 from tasks.config import CompareConfig, EvaluateConfig, GenerateConfig, IngestConfig, ScoreConfig
 from tasks.store import Store
@@ -38,7 +38,7 @@ def evaluate(
     )
     url = config.store_url
     with disconnecting():
-        stages.check(url)
+        stages.check(config)
         prompts = stages.ingest(config.ingest, url)
         completions = stages.generate(config.generate, prompts, url, config.ray_address)
         rewards = stages.score(config.score, completions, url, config.ray_address)
@@ -53,5 +53,5 @@ def evaluate(
         ],
     }
     reporting.show_counts("evaluate", report["stages"])
-    reporting.show_report("evaluate", reporting.evaluate_markdown(report))
+    reporting.show_report("evaluate", markdown.evaluate_markdown(report))
     return report

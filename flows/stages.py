@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+import tasks.check
 import tasks.evaluate
 import tasks.generate
 import tasks.ingest
@@ -26,6 +27,7 @@ from tasks.config import (
     GenerateConfig,
     IngestConfig,
     PairingConfig,
+    RunConfig,
     ScoreConfig,
     SubsetConfig,
     TrainConfig,
@@ -49,9 +51,12 @@ _STAGE: dict[str, Any] = {
 
 
 @task(name="check", task_run_name="check", **_STAGE)
-def check(store: str) -> str:
-    """Is the store usable, and does it keep its promises?"""
-    return Store(store).check()
+def check(config: RunConfig) -> dict[str, str]:
+    """Is the store usable, and does everything exist that the configuration names?"""
+    found = tasks.check.check(config)
+    for what, words in found.items():
+        get_run_logger().info("%s: %s", what, words)
+    return found
 
 
 @task(name="ingest", task_run_name="ingest", **_STAGE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows import reporting, stages
+from flows import markdown, reporting, stages
 from tasks.cluster import disconnecting
 from tasks.config import PolicyConfig, TrainConfig, TrainingConfig
 from tasks.store import Store
@@ -40,7 +40,7 @@ def train(
     )
     url = config.store_url
     with disconnecting():
-        stages.check(url)
+        stages.check(config)
         trained = stages.train(config, url)
     content = read_manifest(Store(url), trained)["content"]
     steps = [json.loads(line) for line in Store(url).read(f"{trained.place}/metrics.jsonl").splitlines()]
@@ -57,7 +57,7 @@ def train(
         "stages": [reporting.stage_row("train", trained.counts, trained.work)],
     }
     reporting.show_counts("train", report["stages"])
-    reporting.show_report("train", reporting.train_markdown(report))
+    reporting.show_report("train", markdown.train_markdown(report))
     return report
 
 

@@ -35,30 +35,40 @@ _BLOCK = 1000  # rows between two progress reports
 def ingest(config: IngestConfig, store: Store, report: Report = silent) -> PromptSet:
     """The prompt set of a source. A source that was read before with the same settings is not read again."""
     started = time.monotonic()
-    inputs = digest(
-        {
-            "schema": SCHEMA_VERSION,
-            "source": source_digest(config),
-            **config.model_dump(exclude={"source", "max_quarantined"}),
-        }
-    )
-    pointer = f"prompts/sources/{inputs}.json"
-    if store.exists(pointer):
-        known = store.read_json(pointer)
-        prompts = PromptSet(known["set"], Counts(**known["counts"]))
-        _check_share(config, prompts.counts, [])
-        Meter(report, "ingest", prompts.counts.into, "rows", reused=prompts.counts.into)
-        work = Work(shards_reused=len(shards_of(store, prompts)), seconds=time.monotonic() - started)
-        return replace(prompts, work=work)
+    known = known_prompts(config, store)
+    if known:
+        _check_share(config, known.counts, [])
+        Meter(report, "ingest", known.counts.into, "rows", reused=known.counts.into)
+        work = Work(shards_reused=len(shards_of(store, known)), seconds=time.monotonic() - started)
+        return replace(known, work=work)
+    inputs = _inputs(config)
     head = f"prompts/heads/{digest([config.source, config.split, config.columns.model_dump(), config.shard_size])}.json"
     previous = store.read_json(head)["set"] if store.exists(head) else None
     with tempfile.TemporaryDirectory() as folder:
         prompts, quarantine = _read(config, store, previous, Path(folder), Meter(report, "ingest", 0, "rows"))
         store.create_file(f"prompts/sources/{inputs}.quarantine.parquet", quarantine)
     counts = {"into": prompts.counts.into, "out": prompts.counts.out, "dropped": prompts.counts.dropped}
-    store.create_json(pointer, {"set": prompts.digest, "counts": counts, "source": config.source})
+    store.create_json(_pointer(inputs), {"set": prompts.digest, "counts": counts, "source": config.source})
     store.replace(head, to_json({"set": prompts.digest}))
     return replace(prompts, work=Work(prompts.work.shards_made, seconds=time.monotonic() - started))
+
+
+def known_prompts(config: IngestConfig, store: Store) -> PromptSet | None:
+    """The prompt set of a source that was read before, with the same content and settings."""
+    pointer = _pointer(_inputs(config))
+    if not store.exists(pointer):
+        return None
+    known = store.read_json(pointer)
+    return PromptSet(known["set"], Counts(**known["counts"]))
+
+
+def _inputs(config: IngestConfig) -> str:
+    settings = config.model_dump(exclude={"source", "max_quarantined"})
+    return digest({"schema": SCHEMA_VERSION, "content": source_digest(config), **settings})
+
+
+def _pointer(inputs: str) -> str:
+    return f"prompts/sources/{inputs}.json"
 
 
 def shards_of(store: Store, prompts: PromptSet) -> list[dict[str, Any]]:

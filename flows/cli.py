@@ -1,0 +1,289 @@
+"""The `prefsieve` command.
+
+Exit status 0; 1 when the run failed; 2 when the configuration or the arguments are wrong. `--json` prints one JSON
+document on standard output and nothing else; logs go to standard error. Prefect, Ray and torch are imported by the
+commands that need them, so that the others answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.errors import ConfigError, RunError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Turns prompts into the preference data worth training on, and shows that it was.",
+)
+
+FLOWS: dict[str, type[RunConfig]] = {"curate": CurateConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+
+Config = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
+Set = Annotated[list[str], typer.Option("--set", help="Change a value: --set generate.samples=16", show_default=False)]
+StoreUrl = Annotated[str, typer.Option("--store", help="Folder or s3:// URL.", show_default="PREFSIEVE_STORE")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, do nothing.")]
+Wanted = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="A published subset.", show_default=False)]
+
+
+@app.command()
+def demo(as_json: AsJson = False) -> None:
+    """The whole way on TinyWorld, on this machine (from a clone)."""
+    from flows.demo import run_demo
+
+    with _flow_environment():
+        _print(as_json, run_demo(), "demo_markdown")
+
+
+@app.command()
+def curate(config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False) -> None:  # noqa: B006
+    """Prompts in, published subsets out."""
+    _run("curate", config, set_, store, dry_run, as_json)
+
+
+@app.command()
+def train(config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False) -> None:  # noqa: B006
+    """A published subset in, a trained policy out."""
+    _run("train", config, set_, store, dry_run, as_json)
+
+
+@app.command()
+def evaluate(
+    config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False  # noqa: B006
+) -> None:
+    """A policy against a reference on held-out prompts."""
+    _run("evaluate", config, set_, store, dry_run, as_json)
+
+
+@app.command()
+def submit(
+    flow: Annotated[str, typer.Argument(help="curate, train or evaluate.", show_default=False)],
+    config: Config,
+    address: Annotated[str, typer.Option(help="Ray dashboard, http://HEAD:8265", show_default=False)],
+    set_: Set = [],  # noqa: B006
+    store: StoreUrl = "",
+    as_json: AsJson = False,
+) -> None:
+    """Run a flow as a job of a Ray cluster, and follow it."""
+    from flows.submit import submit_flow
+
+    values = load_values(config, set_, store)
+    parse(flow, values, config)
+    _print(as_json, submit_flow(flow, {"ray_address": "auto", **values}, address), f"{flow}_markdown")
+
+
+@app.command()
+def subsets(store: StoreUrl = "", as_json: AsJson = False) -> None:
+    """List the published subsets."""
+    from flows.shelf import list_subsets
+
+    _print(as_json, list_subsets(_store(store)), "subsets_markdown")
+
+
+@app.command()
+def show(wanted: Wanted, store: StoreUrl = "", as_json: AsJson = False) -> None:
+    """What a subset holds, how it was made, and its first rows."""
+    from flows.shelf import show_subset
+
+    _print(as_json, show_subset(_store(store), wanted), "show_markdown")
+
+
+@app.command()
+def verify(wanted: Wanted, store: StoreUrl = "", as_json: AsJson = False) -> None:
+    """Recompute every digest of a subset; fails when something was changed."""
+    from flows.shelf import verify_subset
+
+    result = verify_subset(_store(store), wanted)
+    _print(as_json, result, "verify_markdown")
+    if result["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(
+    file: Annotated[Path, typer.Option(help="Deployments to register.")] = Path("deployments/prefect.yaml"),
+) -> None:
+    """Register work pool and deployments on the configured Prefect server."""
+    from flows.deploy import deploy_all
+
+    deploy_all(file)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Also check what this configuration names.")] = None,
+    set_: Set = [],  # noqa: B006
+    store: StoreUrl = "",
+    as_json: AsJson = False,
+) -> None:
+    """What would fail, before a GPU is paid for."""
+    from flows.doctor import examine
+
+    values = load_values(config, set_, store) if config else {"store": store}
+    result = examine(_parse_any(values, config) if config else RunConfig.model_validate(values))
+    _print(as_json, result, "doctor_markdown")
+    if not all(row["ok"] for row in result["checks"]):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; turn the two kinds of errors into one message and an exit status."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was finished is kept, run again to go on", 130)
+
+
+# --- configuration
+
+
+def load_values(path: Path, changes: list[str], store: str) -> dict[str, Any]:
+    """The YAML file's values with --set and --store applied."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping with sections such as `ingest:`")
+    for change in changes:
+        _set(values, change)
+    return {**values, "store": store} if store else values
+
+
+def parse(flow: str, values: dict[str, Any], path: Path) -> Any:
+    """The flow's configuration model; ConfigError names field, value and what to do."""
+    if flow not in FLOWS:
+        raise ConfigError(f"no flow {flow!r}; there are: {', '.join(FLOWS)}")
+    try:
+        return FLOWS[flow].model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe_errors(error)}") from error
+
+
+def describe_errors(error: ValidationError) -> str:
+    """pydantic's findings, one a line: field, what is wrong, value."""
+    lines = []
+    for found in error.errors():
+        field = ".".join(map(str, found["loc"]))
+        message = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "extra_forbidden":
+            message = "no such field; check the spelling, or remove it"
+        elif found["type"] == "missing":
+            message = "this field is required"
+        value = found.get("input")
+        shown = f" (got {value!r})" if field and isinstance(value, str | int | float | bool) else ""
+        lines.append(f"{field}: {message}{shown}" if field else message)
+    return "\n  ".join(lines)
+
+
+def _set(values: dict[str, Any], change: str) -> None:
+    import yaml
+
+    field, equals, text = change.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {change!r}: write field=value, for example --set generate.samples=16")
+    *parents, last = field.split(".")
+    target: Any = values
+    try:
+        for name in parents:
+            target = target[int(name)] if isinstance(target, list) else target.setdefault(name, {})
+        target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
+    except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--set {change!r}: there is no such place in the configuration") from error
+
+
+def _parse_any(values: dict[str, Any], path: Path) -> Any:
+    """doctor takes any flow's configuration: told by the sections it has."""
+    flow = "train" if "policy" in values else "evaluate" if "subset" not in values else "curate"
+    return parse(flow, values, path)
+
+
+# --- running and printing
+
+
+def _run(flow: str, path: Path, changes: list[str], store: str, dry_run: bool, as_json: bool) -> None:
+    values = load_values(path, changes, store)
+    config = parse(flow, values, path)
+    if dry_run:
+        from flows.doctor import plan
+
+        _print(as_json, plan(config), "plan_markdown")
+        return
+    from tasks.check import check
+
+    check(config)  # what is wrong is said at once, before a server is started for the run
+    with _flow_environment():
+        import importlib
+
+        _print(as_json, getattr(importlib.import_module(f"flows.{flow}"), flow)(**values), f"{flow}_markdown")
+
+
+@contextlib.contextmanager
+def _flow_environment() -> Iterator[None]:
+    """Prefect's own local server when none is configured; quiet, patient and private."""
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
+    import prefect.logging.configuration
+
+    prefect.logging.configuration.setup_logging()
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_says_more_than_the_message)
+    yield
+
+
+def _says_more_than_the_message(record: logging.LogRecord) -> bool:
+    """Leave out tracebacks of errors that `main` prints as one clear message."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, ConfigError | RunError)
+
+
+def _store(url: str) -> Any:
+    from tasks.store import Store
+
+    return Store(RunConfig(store=url).store_url)
+
+
+def _print(as_json: bool, result: Any, markdown: str) -> None:
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    import flows.markdown
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(Markdown(getattr(flows.markdown, markdown)(result)))
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"prefsieve: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What lies on the shelf: listing, showing and verifying published subsets."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.card import describe
+from tasks.store import Store
+from tasks.versions import damage, find_version, list_versions, read_manifest
+
+
+def list_subsets(store: Store) -> dict[str, Any]:
+    """Every published subset, the newest last under each name."""
+    rows = [
+        {
+            "name": manifest["content"]["name"],
+            "version": manifest["version"],
+            "latest": manifest["latest"],
+            "pairs": manifest["content"]["summary"]["rows"],
+            "selection": describe(manifest["content"]["subset"]),
+            "pvar": manifest["content"]["summary"]["mean_pvar"],
+            "margin": manifest["content"]["summary"]["mean_margin"],
+            "created": manifest["created"],
+        }
+        for manifest in list_versions(store)
+    ]
+    return {"store": store.url, "subsets": sorted(rows, key=lambda row: (row["name"], row["created"]))}
+
+
+def show_subset(store: Store, wanted: str, examples: int = 3) -> dict[str, Any]:
+    """One subset's manifest and its first rows in rank order of the first file."""
+    version = find_version(store, wanted)
+    manifest = read_manifest(store, version)
+    files = [file["path"] for file in manifest["content"]["files"] if file["path"].endswith(".parquet")]
+    rows = itertools.islice(_rows(store, f"{version.place}/{files[0]}"), examples)
+    return {
+        "name": version.name,
+        "version": version.version,
+        "place": store.full(version.place),
+        "manifest": manifest,
+        "examples": list(rows),
+    }
+
+
+def verify_subset(store: Store, wanted: str) -> dict[str, Any]:
+    """Recompute every digest of a subset's files and of its manifest."""
+    version = find_version(store, wanted)
+    problems = damage(store, version)
+    files = 0 if problems else len(read_manifest(store, version)["content"]["files"])
+    return {"name": version.name, "version": version.version, "files": files, "problems": problems}
+
+
+def _rows(store: Store, path: str) -> Any:
+    with pq.ParquetFile(pa.BufferReader(store.read(path))) as file:
+        for batch in file.iter_batches(batch_size=16):
+            yield from batch.to_pylist()

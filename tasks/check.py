@@ -1,0 +1,68 @@
+"""check: what would fail later, found out before an engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tasks import models
+from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.errors import ConfigError
+from tasks.sources import format_of
+from tasks.store import Store
+from tasks.versions import find_version
+
+Check = tuple[str, Callable[[], str]]  # what is looked at; finds out, or raises ConfigError or RunError
+
+
+def check(config: RunConfig) -> dict[str, str]:
+    """What was found out, by what was looked at; raises at the first thing that is wrong."""
+    return {what: find_out() for what, find_out in checks(config)}
+
+
+def checks(config: RunConfig) -> Iterator[Check]:
+    """The store first, then everything that the configuration names."""
+    store = Store(config.store_url)
+    yield f"store {config.store_url}", store.check
+    if isinstance(config, TrainConfig):
+        yield f"subset {config.subset}", lambda: str(find_version(store, config.subset))
+        yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
+    if isinstance(config, CurateConfig | EvaluateConfig):
+        yield f"prompts {config.ingest.source}", lambda: f"format {format_of(config.ingest)}"
+        for i, generator in enumerate(config.generate.generators):
+            yield f"generator {generator.name}", _generator(config, i, store)
+        for i, scorer in enumerate(config.score.scorers):
+            yield f"scorer {scorer.name}", _scorer(config, i, store)
+
+
+def _generator(config: CurateConfig | EvaluateConfig, i: int, store: Store) -> Callable[[], str]:
+    generator = config.generate.generators[i]
+
+    def find_out() -> str:
+        _engine_installed(f"generate.generators.{i}.engine", generator.engine)
+        if generator.engine == "fake":
+            return "fake engine"
+        return f"{generator.engine}, {models.identity(f'generate.generators.{i}.model', generator, store)}"
+
+    return find_out
+
+
+def _scorer(config: CurateConfig | EvaluateConfig, i: int, store: Store) -> Callable[[], str]:
+    scorer = config.score.scorers[i]
+
+    def find_out() -> str:
+        if scorer.type == "function":
+            models.load_function(scorer)
+            return f"function in {models.function_source(scorer)}"
+        _engine_installed(f"score.scorers.{i}.engine", scorer.engine)
+        if scorer.engine == "fake":
+            return "fake engine"
+        return f"{scorer.engine}, {models.identity(f'score.scorers.{i}.model', scorer, store)}"
+
+    return find_out
+
+
+def _engine_installed(field: str, engine: str) -> None:
+    import importlib.util
+
+    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"{field}: vllm is not installed; install prefsieve[gpu] or prefsieve[cpu]")
