@@ -143,7 +143,7 @@ class Work:
     shards_made: int = 0
     shards_reused: int = 0
     engine_starts: int = 0
-    requests: int = 0  # calls into an engine: one per prompt (generate) or completion (score)
+    requests: int = 0  # calls into an engine: one per prompt (generate) or different completion (score)
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0

@@ -81,34 +81,31 @@ class ScoreWorker:
         prompts = await asyncio.to_thread(read_shard, self.store, item["shard"])
         texts = (await asyncio.to_thread(self.store.read_table, source, ["texts"]))["texts"].to_pylist()
         rows = prompts.to_pylist()
-        outcomes = await (self._by_function(rows, texts) if self.config.type == "function" else self._by_model(rows, texts))
+        # A reward is a function of prompt and text: equal texts of one prompt are asked for once.
+        places = [(row, text) for row, row_texts in enumerate(texts) for text in row_texts]
+        unique = list(dict.fromkeys(places))
+        ask = self._by_function if self.config.type == "function" else self._by_model
+        answers = dict(zip(unique, await ask(rows, unique), strict=True))
+        outcomes = [answers[place] for place in places]
         table = _table([row["prompt_id"] for row in rows], texts, outcomes)
         path = rewards_path(self.fingerprint, item["generator"], item["shard"], samples)
         await asyncio.to_thread(self.store.create_table, path, table)
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         return {
-            "requests": len(outcomes),
+            "requests": len(unique),
             "samples": len(outcomes),
             "missing": len(reasons),
             "example": reasons[0] if reasons else "",
         }
 
-    async def _by_model(self, rows: list[dict[str, Any]], texts: list[list[str]]) -> list[float | str]:
-        requests = [
-            ScoringRequest(row["messages"], text) for row, row_texts in zip(rows, texts, strict=True) for text in row_texts
-        ]
+    async def _by_model(self, rows: list[dict[str, Any]], places: list[tuple[int, str]]) -> list[float | str]:
+        requests = [ScoringRequest(rows[row]["messages"], text) for row, text in places]
         answers = await asyncio.wrap_future(self.loop.submit(requests))
         return [answer.reason if isinstance(answer, Refused) else _finite(answer) for answer in answers]
 
-    async def _by_function(self, rows: list[dict[str, Any]], texts: list[list[str]]) -> list[float | str]:
-        def score_all() -> list[float | str]:
-            outcomes = []
-            for row, row_texts in zip(rows, texts, strict=True):
-                prompt = Prompt(row["prompt_id"], row["messages"], row["source"], row["fields"])
-                outcomes += [self._call(prompt, text) for text in row_texts]
-            return outcomes
-
-        return await asyncio.to_thread(score_all)
+    async def _by_function(self, rows: list[dict[str, Any]], places: list[tuple[int, str]]) -> list[float | str]:
+        prompts = [Prompt(row["prompt_id"], row["messages"], row["source"], row["fields"]) for row in rows]
+        return await asyncio.to_thread(lambda: [self._call(prompts[row], text) for row, text in places])
 
     def _call(self, prompt: Prompt, text: str) -> float | str:
         try:

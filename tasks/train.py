@@ -63,6 +63,9 @@ def train(config: TrainConfig, store: Store, report: Report = silent) -> Version
                 meter.add(step - seen, f"loss {loss:.4f}")
                 seen = step
         version = find_version(store, f"{config.name}@{ray.get(done)}", kind="policies")
+        step, steps, loss = ray.get(worker.progress.remote())
+        if meter:
+            meter.add(steps - seen, f"loss {loss:.4f}")
     ray.kill(worker)
     return Version(version.name, version.version, version.counts, Work(seconds=time.monotonic() - started), "policies")
 
