@@ -49,20 +49,24 @@ def demo(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def curate(config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False) -> None:  # noqa: B006
+def curate(
+    config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
     """Prompts in, published subsets out."""
     _run("curate", config, set_, store, dry_run, as_json)
 
 
 @app.command()
-def train(config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False) -> None:  # noqa: B006
+def train(
+    config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
     """A published subset in, a trained policy out."""
     _run("train", config, set_, store, dry_run, as_json)
 
 
 @app.command()
 def evaluate(
-    config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False  # noqa: B006
+    config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False
 ) -> None:
     """A policy against a reference on held-out prompts."""
     _run("evaluate", config, set_, store, dry_run, as_json)
@@ -73,7 +77,7 @@ def submit(
     flow: Annotated[str, typer.Argument(help="curate, train or evaluate.", show_default=False)],
     config: Config,
     address: Annotated[str, typer.Option(help="Ray dashboard, http://HEAD:8265", show_default=False)],
-    set_: Set = [],  # noqa: B006
+    set_: Set = [],
     store: StoreUrl = "",
     as_json: AsJson = False,
 ) -> None:
@@ -125,7 +129,7 @@ def deploy(
 @app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="Also check what this configuration names.")] = None,
-    set_: Set = [],  # noqa: B006
+    set_: Set = [],
     store: StoreUrl = "",
     as_json: AsJson = False,
 ) -> None:

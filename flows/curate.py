@@ -65,7 +65,7 @@ def curate(
         pairs = stages.pair(config.pair, rewards, url)
         selections = stages.subset(config.subset, pairs, url)
         versions = stages.publish(config, selections, url)
-    report = {
+    report: dict[str, Any] = {
         "store": Store(url).url,
         "subsets": [reporting.subset_row(Store(url), version) for version in versions],
         "stages": [

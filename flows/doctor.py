@@ -43,7 +43,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
         found = f"{prompts.counts.out:,} prompts, all in the store" if prompts else "read the source"
         work.append({"stage": "ingest", "what": config.ingest.source, "to do": found})
         for generator in config.generate.generators:
-            work.append({"stage": "generate", "what": generator.name, "to do": _generate_work(config, generator, prompts, store)})
+            work.append(
+                {
+                    "stage": "generate",
+                    "what": generator.name,
+                    "to do": _generate_work(config, generator, prompts, store),
+                }
+            )
     return {"checks": findings, "work": work}
 
 

@@ -35,7 +35,9 @@ def evaluate_markdown(report: dict[str, Any]) -> str:
     rows, sources = [], []
     for scorer, result in report["scorers"].items():
         rows.append({"scorer": scorer, **_comparison(result)})
-        sources += [{"scorer": scorer, "source": name, **_comparison(part)} for name, part in result["by_source"].items()]
+        sources += [
+            {"scorer": scorer, "source": name, **_comparison(part)} for name, part in result["by_source"].items()
+        ]
     tokens = report["mean_tokens"]
     return "\n".join(
         [
@@ -58,7 +60,12 @@ def _comparison(result: dict[str, Any]) -> dict[str, Any]:
     error = "" if result["standard_error"] is None else f" ± {100 * result['standard_error']:.1f}"
     rate = "none" if result["win_rate"] is None else f"{100 * result['win_rate']:.1f} %{error}"
     means = result["mean_reward"]
-    return {"win rate": rate, "mean reward": means["policy"], "reference": means["reference"], "prompts": result["prompts"]}
+    return {
+        "win rate": rate,
+        "mean reward": means["policy"],
+        "reference": means["reference"],
+        "prompts": result["prompts"],
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -94,7 +101,13 @@ def show_markdown(result: dict[str, Any]) -> str:
     content = result["manifest"]["content"]
     funnel = [{**step, "dropped": dropped_words(step["dropped"])} for step in content["funnel"]]
     numbers = [{key.removeprefix("mean_"): value for key, value in content["summary"].items()}]
-    lines = [f"# {result['name']}@{result['version']}", "", f"Takes {describe(content['subset'])}.", "", *table(numbers)]
+    lines = [
+        f"# {result['name']}@{result['version']}",
+        "",
+        f"Takes {describe(content['subset'])}.",
+        "",
+        *table(numbers),
+    ]
     lines += ["", "## How it came about", "", *table(funnel), "", "## First rows", ""]
     for row in result["examples"]:
         lines += [f"- **prompt** {_short(row['prompt'])}"]

@@ -1,4 +1,4 @@
-"""What a run shows while it goes and when it is done: progress, counts and the report, as Prefect artifacts and logs."""
+"""What a run shows while it goes and when it is done, as Prefect artifacts and logs: progress, counts, the report."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ def subset_row(store: Store, version: Version) -> dict[str, Any]:
 def show_counts(flow: str, stages: list[dict[str, Any]]) -> None:
     """The table artifact of counts and drops."""
     rows = [{**row, "dropped": dropped_words(row["dropped"])} for row in stages]
-    create_table_artifact(rows, key=f"{flow}-counts", description="Rows in, out and dropped, and the work done, by stage")
+    create_table_artifact(
+        rows, key=f"{flow}-counts", description="Rows in, out and dropped, and the work done, by stage"
+    )
 
 
 def show_report(flow: str, markdown: str) -> None:

@@ -35,9 +35,7 @@ def train(
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
         ray_address: local starts Ray here; auto joins the cluster that this process is part of.
     """
-    config = TrainConfig(
-        name=name, subset=subset, policy=policy, train=train, store=store, ray_address=ray_address
-    )
+    config = TrainConfig(name=name, subset=subset, policy=policy, train=train, store=store, ray_address=ray_address)
     url = config.store_url
     with disconnecting():
         stages.check(config)

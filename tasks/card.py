@@ -85,7 +85,6 @@ def dropped_words(dropped: dict[str, int]) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
 
 
-
 def _mean_row(key: str, value: float | None) -> str:
     return f"| {key.removeprefix('mean_')} | {'none' if value is None else f'{value:.4f}'} |"
 

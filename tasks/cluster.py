@@ -7,6 +7,7 @@ and write the store themselves, and what comes back are counts.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -79,8 +80,7 @@ def run_pool(
     `worker(*arguments)` is called in each actor; `worker.work(item) -> dict` is awaited, IN_FLIGHT items at a time.
     """
     ray = connect(address)
-    import ray.data
-
+    importlib.import_module("ray.data")
     _check_room(ray, config)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -139,9 +139,9 @@ def reraise(ray: Any) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    inner: BaseException = error
-    while getattr(inner, "cause", None) is not None:
-        inner = inner.cause
+    inner = error
+    while (cause := getattr(inner, "cause", None)) is not None:
+        inner = cause
     if isinstance(inner, ConfigError | RunError):
         return inner
     return RunError(f"an engine failed: {type(inner).__name__}: {str(inner).strip().splitlines()[-1]}")

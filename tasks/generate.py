@@ -36,9 +36,7 @@ def generate(
     started = time.monotonic()
     shards = shards_of(store, prompts)
     fingerprints = {g.name: models.generator_fingerprint(g, store) for g in config.generators}
-    missing = {
-        g.name: missing_ranges(store, fingerprints[g.name], shards, config.samples) for g in config.generators
-    }
+    missing = {g.name: missing_ranges(store, fingerprints[g.name], shards, config.samples) for g in config.generators}
     total = prompts.counts.out * len(config.generators)
     todo = sum(item["rows"] for items in missing.values() for item in items if item["last"] == config.samples)
     meter = Meter(report, "generate", total, "prompts", reused=total - todo)
@@ -59,7 +57,8 @@ def generate(
     made = sum(map(len, missing.values()))
     work = Work(
         shards_made=made,
-        shards_reused=len(shards) * len(config.generators) - len({(n, i["shard"]) for n in missing for i in missing[n]}),
+        shards_reused=len(shards) * len(config.generators)
+        - len({(n, i["shard"]) for n in missing for i in missing[n]}),
         engine_starts=totals["engine_starts"],
         requests=totals["requests"],
         samples=totals["samples"],
@@ -81,7 +80,9 @@ class GenerateWorker:
         prompts = await asyncio.to_thread(read_shard, self.store, item["shard"], ["prompt_id", "messages"])
         ids = prompts["prompt_id"].to_pylist()
         requests = [
-            GenerationRequest(messages, prompt_seed(self.config.seed, prompt_id), item["first"], item["last"] - item["first"])
+            GenerationRequest(
+                messages, prompt_seed(self.config.seed, prompt_id), item["first"], item["last"] - item["first"]
+            )
             for prompt_id, messages in zip(ids, prompts["messages"].to_pylist(), strict=True)
         ]
         answers = await asyncio.wrap_future(self.loop.submit(requests))
@@ -128,7 +129,9 @@ def missing_ranges(store: Store, fingerprint: str, shards: list[dict[str, Any]],
         gaps = gaps_in(there.get(shard["digest"], []), samples)
         for first, last in gaps:
             final = (first, last) == gaps[-1]
-            items.append({"shard": shard["digest"], "rows": shard["rows"], "first": first, "last": last, "final": final})
+            items.append(
+                {"shard": shard["digest"], "rows": shard["rows"], "first": first, "last": last, "final": final}
+            )
     return items
 
 
@@ -158,13 +161,12 @@ def covering(ranges: list[Range], samples: int) -> list[tuple[Range, slice]]:
 def _table(ids: list[str], answers: list[Answer | Refused]) -> pa.Table:
     rows = []
     for prompt_id, answer in zip(ids, answers, strict=True):
-        refused = isinstance(answer, Refused)
-        samples = [] if refused else answer.samples
+        samples = answer.samples if isinstance(answer, Answer) else []
         rows.append(
             {
                 "prompt_id": prompt_id,
-                "refused": answer.reason if refused else None,
-                "prompt_tokens": None if refused else answer.prompt_tokens,
+                "refused": answer.reason if isinstance(answer, Refused) else None,
+                "prompt_tokens": answer.prompt_tokens if isinstance(answer, Answer) else None,
                 "texts": [sample.text for sample in samples],
                 "text_digests": [text_digest(sample.text) for sample in samples],
                 "finish_reasons": [sample.finish_reason for sample in samples],

@@ -50,7 +50,10 @@ def generator_fingerprint(config: GeneratorConfig, store: Store) -> str:
 def scorer_fingerprint(config: ScorerConfig, store: Store) -> str:
     """Digest of all that decides a scorer's rewards."""
     if config.type == "function":
-        what = {"function": config.function, "code": hashlib.sha256(function_source(config).read_bytes()).hexdigest()}
+        what: dict[str, Any] = {
+            "function": config.function,
+            "code": hashlib.sha256(function_source(config).read_bytes()).hexdigest(),
+        }
     else:
         what = {
             "engine": config.engine,
@@ -121,7 +124,7 @@ def cache_folder() -> Path:
 
 def function_source(config: ScorerConfig) -> Path:
     """The file that a function scorer's code is in."""
-    module, _, name = config.function.rpartition(":")
+    module = config.function.rpartition(":")[0]
     if module.endswith(".py"):
         source = Path(module)
     else:

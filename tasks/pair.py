@@ -102,7 +102,9 @@ class Columns:
             for (first, last), part in covering(ranges[shard], self.samples):
                 source = completions_path(fingerprint, shard, (first, last))
                 made = self.store.read_table(source, ["text_digests", "tokens"])
-                scored = self.store.read_table(rewards_path(self.scorer, fingerprint, shard, (first, last)), ["rewards"])
+                scored = self.store.read_table(
+                    rewards_path(self.scorer, fingerprint, shard, (first, last)), ["rewards"]
+                )
                 width = last - first
                 here, digests = dense(made["text_digests"], width, 0)
                 present.append(here[:, part])

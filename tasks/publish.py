@@ -158,7 +158,9 @@ class _Texts:
         def side(which: str) -> list[list[dict[str, str]]]:
             columns = [pairs[f"{which}_generator"], pairs["row"], pairs[f"{which}_sample"]]
             places = zip(*(column.to_pylist() for column in columns), strict=True)
-            return [[{"role": "assistant", "content": texts[generator][row][sample]}] for generator, row, sample in places]
+            return [
+                [{"role": "assistant", "content": texts[generator][row][sample]}] for generator, row, sample in places
+            ]
 
         columns = {
             "prompt": prompts,

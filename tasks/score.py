@@ -44,7 +44,9 @@ def score(
         if missing[scorer.name]:
             arguments = (scorer, fingerprints[scorer.name], store.url)
 
-            def on_done(counts: dict[str, Any], name: str = scorer.name, limit: float = total / len(config.scorers)) -> None:
+            def on_done(
+                counts: dict[str, Any], name: str = scorer.name, limit: float = total / len(config.scorers)
+            ) -> None:
                 totals.update({key: counts[key] for key in ("requests", "samples", "engine_starts")})
                 totals[name] += counts["missing"]
                 _check_missing(config, name, totals[name], limit, counts["example"])
@@ -126,7 +128,13 @@ def _files(completions: Completions, store: Store) -> Any:
         for shard in shards:
             for (first, last), _ in covering(there[shard["digest"]], completions.samples):
                 samples = shard["rows"] * (last - first)
-                yield {"generator": generator, "shard": shard["digest"], "first": first, "last": last, "samples": samples}
+                yield {
+                    "generator": generator,
+                    "shard": shard["digest"],
+                    "first": first,
+                    "last": last,
+                    "samples": samples,
+                }
 
 
 def _missing(store: Store, scorer: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -44,9 +44,7 @@ class BadRow(ValueError):
 
 def read_rows(config: IngestConfig) -> Iterator[tuple[dict[str, Any] | BadRow, int]]:
     """(row, its number from 1) of everything the source holds, up to the limit."""
-    number = 0
-    for row in _all_rows(config):
-        number += 1
+    for number, row in enumerate(_all_rows(config), start=1):
         yield row, number
         if number == config.limit:
             return

@@ -18,7 +18,9 @@ from tasks.store import Store
 def subset(config: SubsetConfig, pairs: Pairs, store: Store, report: Report = silent) -> Selection:
     """Rank the pairs and take one end of the order."""
     started = time.monotonic()
-    selection_digest = digest({"schema": SCHEMA_VERSION, "stage": "subset", **config.model_dump(exclude={"name", "pairs"})})
+    selection_digest = digest(
+        {"schema": SCHEMA_VERSION, "stage": "subset", **config.model_dump(exclude={"name", "pairs"})}
+    )
     table = store.read_table(f"pairs/{pairs.digest}/pairs.parquet", ["prompt_id", "pvar", "margin"])
     meter = Meter(report, "subset", table.num_rows, "pairs")
     ids = table["prompt_id"].to_pylist()

@@ -1,7 +1,8 @@
 """train: a published subset becomes a policy.
 
 The job runs as a Ray actor that fetches the version (checking every digest), trains, and publishes the model with its
-metrics as policies/<name>/<version>/. Checkpoints go to the store as they are made; a job that died goes on from the last.
+metrics as policies/<name>/<version>/. Checkpoints go to the store as they are made; a job that died goes on from the
+last.
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ def train(config: TrainConfig, store: Store, report: Report = silent) -> Version
         Meter(report, "train", 1, "policies", reused=1)
         return known
     ray = connect(config.ray_address)
-    actor = ray.remote(TrainWorker).options(
-        num_cpus=config.policy.cpus, num_gpus=config.policy.gpus, max_concurrency=2
-    )
+    actor = ray.remote(TrainWorker).options(num_cpus=config.policy.cpus, num_gpus=config.policy.gpus, max_concurrency=2)
     worker = actor.remote(config, str(subset), inputs, store.url)
     with reraise(ray):
         done = worker.run.remote()

@@ -15,7 +15,7 @@ from typing import Any
 from tasks.config import GeneratorConfig, ScorerConfig
 from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest
 
-_WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larch moss north otter pine".split()
+_WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "juniper", "kelp", "larch")
 
 
 class FakeGenerator:

@@ -46,7 +46,8 @@ class TransformersGenerator:
         self.queue.append((key, request, ids))
 
     def step(self) -> list[tuple[int, Answer]]:
-        batch, rows = [], 0
+        batch: list[tuple[int, GenerationRequest, list[int]]] = []
+        rows = 0
         while self.queue and (not batch or rows + self.queue[0][1].samples <= self.config.batch_size):
             batch.append(self.queue.pop(0))
             rows += batch[-1][1].samples
@@ -139,7 +140,7 @@ class SeededSampler(LogitsProcessor):
             self.filters.append(TopPLogitsWarper(sampling.top_p))
         self.logprobs: list[torch.Tensor] = []
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         if self.temperature == 0:
             choice = scores.argmax(dim=-1, keepdim=True)
         else:

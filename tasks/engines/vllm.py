@@ -15,14 +15,14 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU bui
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from vllm import LLM, PoolingParams, SamplingParams, TokensPrompt  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
-from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm import LLM, PoolingParams, SamplingParams, TokensPrompt
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
 
-from tasks.config import GeneratorConfig, ModelConfig, ScorerConfig  # noqa: E402
-from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest  # noqa: E402
-from tasks.engines.chat import prompt_ids, scored_ids  # noqa: E402
-from tasks.errors import RunError  # noqa: E402
+from tasks.config import GeneratorConfig, ModelConfig, ScorerConfig
+from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest
+from tasks.engines.chat import prompt_ids, scored_ids
+from tasks.errors import RunError
 
 
 class _VllmEngine:
@@ -84,7 +84,8 @@ class VllmRewardModel(_VllmEngine):
         self.engine.add_request(str(key), TokensPrompt(prompt_token_ids=ids), self.params.clone())
 
     def step(self) -> list[tuple[int, float]]:
-        return [(_key(output), output.outputs.data[0].item()) for output in self.engine.step() if output.finished]
+        ready: list[Any] = [output for output in self.engine.step() if output.finished]
+        return [(_key(output), output.outputs.data[0].item()) for output in ready]
 
 
 def _arguments(config: ModelConfig, runner: str) -> dict[str, Any]:

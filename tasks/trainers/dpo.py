@@ -125,7 +125,9 @@ class _Follow(TrainerCallback):
         if loss is None:
             return
         if not math.isfinite(loss):
-            raise RunError(f"train: the loss is {loss} at step {state.global_step}; lower learning_rate, check the data")
+            raise RunError(
+                f"train: the loss is {loss} at step {state.global_step}; lower learning_rate, check the data"
+            )
         if state.global_step == 1 and abs(loss - math.log(2)) > 0.02:
             raise RunError(f"train: DPO's loss at step 1 is {loss:.4f}, not ln 2: policy and reference differ")
         self.report_step(state.global_step, state.max_steps, dict(logs or {}))

@@ -1,0 +1,49 @@
+# make demo    the whole way on a small real world, on this machine
+# make test    all tests that belong to every change (make check: format, lint, types)
+#
+# Everything runs in .venv, which is set up by itself, once, and again when the pins change. On a machine with NVIDIA
+# GPUs: make setup ENGINE=gpu. Set PIP_FIND_LINKS to a folder of wheels to install from it first.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ENGINE ?= cpu
+BIN := .venv/bin
+READY := .venv/.ready-$(ENGINE)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export RAY_USAGE_STATS_ENABLED := 0
+INSTALL := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[$(ENGINE),dev]'
+
+.PHONY: demo test check setup format clean
+
+demo: setup
+	@$(BIN)/prefsieve demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy flows tasks
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(READY)
+
+# PyTorch's own index has the CPU build; where it cannot be reached, the default build serves as well, only larger.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+		{ echo "prefsieve needs Python 3.11 or 3.12; say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+ifeq ($(ENGINE)$(UV_FIND_LINKS),cpu)
+	@$(INSTALL) --torch-backend=cpu --quiet || $(INSTALL) --quiet
+else
+	@$(INSTALL) --quiet
+endif
+	@touch $@
+
+clean:
+	rm -rf .venv .prefsieve
