@@ -36,7 +36,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 		{ echo "prefsieve needs Python 3.11 or 3.12; say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
 ifeq ($(ENGINE)$(UV_FIND_LINKS),cpu)
 	@$(INSTALL) --torch-backend=cpu --quiet || $(INSTALL) --quiet

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -39,7 +39,8 @@ def progress_artifact(stage: str) -> Iterator[Report]:
         nonlocal artifact
         percent = 100 * progress.done / progress.total if progress.total else 0.0
         if artifact is None:
-            artifact = create_progress_artifact(percent, key=f"{stage}-progress", description=str(progress))
+            made = create_progress_artifact(percent, key=f"{stage}-progress", description=str(progress))
+            artifact = cast(UUID, made)
         else:
             update_progress_artifact(artifact, percent, description=str(progress))
 

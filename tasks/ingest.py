@@ -210,8 +210,9 @@ class _ShardWriter:
     def flush(self) -> None:
         if not self.open:
             return
-        shard = {"digest": digest(self.open), "rows": len(self.open)}
-        self.store.create_table(shard_path(shard["digest"]), pa.Table.from_pylist(self.open, schema=PROMPTS))
+        name = digest(self.open)
+        shard = {"digest": name, "rows": len(self.open)}
+        self.store.create_table(shard_path(name), pa.Table.from_pylist(self.open, schema=PROMPTS))
         self.shards.append(shard)
         self.open = []
         if self.old[: len(self.shards)] != self.shards or len(self.old) == len(self.shards):

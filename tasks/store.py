@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Store:
     def exists(self, path: str) -> bool:
         return self.fs.isfile(self.full(path))
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         """Paths of all files below a prefix, sorted; empty when there are none."""
         found = self.fs.find(self.full(prefix))
         names = (name.removeprefix(self.root + "/") for name in found)
