@@ -1,7 +1,7 @@
 """deploy: the work pool and the deployments of one file, registered on the configured Prefect server.
 
-The file is a `prefect.yaml`, so `prefect deploy` reads it too. Here the work pool is made when it is missing, everything
-is checked before the server is touched, and doing it again changes nothing. Flows are registered by module
+The file is a `prefect.yaml`, so `prefect deploy` reads it too. Here the work pool is made when it is missing, all is
+checked before the server is touched, and doing it again changes nothing. Flows are registered by module
 (`flows.curate.curate`) and no folder is recorded: a worker runs the code that is installed beside it.
 """
 

@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,9 +75,10 @@ def run_pool(
     config: ModelConfig,
     on_done: Callable[[dict[str, Any]], None],
     address: str = "local",
-) -> None:
+) -> float:
     """Let `config.workers` actors work through the items; on_done gets each item's counts as it is finished.
 
+    Returns the seconds from the first engine being ready to the last item being done.
     `worker(*arguments)` is called in each actor; `worker.work(item) -> dict` is awaited, IN_FLIGHT items at a time.
     """
     ray = connect(address)
@@ -99,9 +101,12 @@ def run_pool(
             num_gpus=config.gpus or None,
             max_concurrency=IN_FLIGHT,
         )
+    ready, last = float("inf"), 0.0
     with reraise(ray):
         for row in done.iter_rows():
+            ready, last = min(ready, row["ready_at"]), max(last, row["done_at"])
             on_done(row)
+    return last - ready
 
 
 class _Actor:
@@ -109,13 +114,15 @@ class _Actor:
 
     def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
         self.worker = worker(*arguments)
+        self.ready_at = time.time()
         self.fresh = True  # the first item reports that an engine was started
 
     async def __call__(self, batch: dict[str, Any]) -> Any:
         item = {key: values[0].item() if hasattr(values[0], "item") else values[0] for key, values in batch.items()}
         counts = await self.worker.work(item)
         starts, self.fresh = int(self.fresh), False
-        yield {key: [value] for key, value in {**counts, "engine_starts": starts}.items()}
+        about = {"engine_starts": starts, "ready_at": self.ready_at, "done_at": time.time()}
+        yield {key: [value] for key, value in {**counts, **about}.items()}
 
 
 def _check_room(ray: Any, config: ModelConfig) -> None:

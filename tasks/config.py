@@ -19,6 +19,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_STORE = ".prefsieve/store"
 
 
+def _unique(where: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{where}: the name {twice[0]!r} is used twice; names must differ")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -131,6 +137,7 @@ class PairingConfig(Section):
     def _two_generators(self) -> PairingConfig:
         if self.rule == "generator_delta" and len(self.generators) != 2:
             raise ValueError(f"pairing {self.name!r}: generator_delta needs `generators: [stronger, weaker]`")
+        _unique(f"pairing {self.name!r}: generators", self.generators)
         return self
 
 
@@ -141,7 +148,7 @@ class SubsetConfig(Section):
     keep: Literal["top", "bottom"] = Field("top", description="Which end of the order to keep.")
     fraction: float | None = Field(None, gt=0, le=1, description="Share of the pairs to keep.")
     count: int | None = Field(None, ge=1, description="Or: how many pairs to keep.")
-    seed: int = Field(0, ge=0, description="Breaks ties, and orders rank: random.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Breaks ties, and orders rank: random.")
 
     @model_validator(mode="after")
     def _one_size(self) -> SubsetConfig:
@@ -209,7 +216,7 @@ class TrainingConfig(Section):
     max_length: int = Field(1024, ge=2, description="Longest prompt + response in tokens; longer pairs are dropped.")
     gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
     save_steps: int = Field(0, ge=0, description="Checkpoint interval in steps; 0 saves ten times in a run.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
     def _micro_batches(self) -> TrainingConfig:
@@ -265,12 +272,6 @@ class EvaluateConfig(RunConfig):
 def is_local_path(name: str) -> bool:
     """A model or data name that can only be meant as a path on this machine."""
     return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
-
-
-def _unique(where: str, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{where}: the name {twice[0]!r} is used twice; names must differ")
 
 
 def _known(where: str, name: str, known: list[str]) -> None:

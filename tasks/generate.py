@@ -41,6 +41,7 @@ def generate(
     todo = sum(item["rows"] for items in missing.values() for item in items if item["last"] == config.samples)
     meter = Meter(report, "generate", total, "prompts", reused=total - todo)
     totals: Counter[str] = Counter()
+    engine_seconds = 0.0
     for generator in config.generators:
         items = missing[generator.name]
         if items:
@@ -52,7 +53,7 @@ def generate(
                 _check_refused(config, totals["refused"], limit, counts["example"])
                 meter.add(counts["finished"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
 
-            run_pool(GenerateWorker, arguments, items, generator, on_done, address)
+            engine_seconds += run_pool(GenerateWorker, arguments, items, generator, on_done, address)
     counts = _count(config, prompts, fingerprints, shards, store)
     made = sum(map(len, missing.values()))
     work = Work(
@@ -64,6 +65,7 @@ def generate(
         samples=totals["samples"],
         tokens=totals["tokens"],
         seconds=time.monotonic() - started,
+        engine_seconds=engine_seconds,
     )
     return Completions(prompts, config.samples, fingerprints, counts, work)
 

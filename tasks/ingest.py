@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def ingest(config: IngestConfig, store: Store, report: Report = silent) -> Promp
     started = time.monotonic()
     known = known_prompts(config, store)
     if known:
-        _check_share(config, known.counts, [])
+        _check_share(config, known.counts, lambda: _examples(store, _inputs(config)))
         Meter(report, "ingest", known.counts.into, "rows", reused=known.counts.into)
         work = Work(shards_reused=len(shards_of(store, known)), seconds=time.monotonic() - started)
         return replace(known, work=work)
@@ -102,7 +102,7 @@ def _read(
             dropped[bad.reason] += 1
             quarantine.add(into, bad)
             if len(examples) < 3:
-                examples.append(f"row {into}: {bad.reason}: {bad.excerpt[:80]}")
+                examples.append(_example(into, bad.reason, bad.excerpt))
         else:
             if seen.add(prompt["prompt_id"]):
                 writer.add(prompt)
@@ -113,7 +113,7 @@ def _read(
     meter.add(into % _BLOCK)
     writer.flush()
     counts = Counts(into, writer.rows, dict(dropped))
-    _check_share(config, counts, examples)
+    _check_share(config, counts, lambda: examples)
     set_digest = digest([shard["digest"] for shard in writer.shards])
     store.create_json(f"prompts/{set_digest}/manifest.json", {"shards": writer.shards})
     return PromptSet(set_digest, counts, Work(shards_made=len(writer.shards))), quarantine.close()
@@ -130,11 +130,12 @@ def to_prompt(row: Any, config: IngestConfig) -> dict[str, Any]:
     size = sum(len(message["content"]) for message in messages)
     if size > config.max_chars:
         raise BadRow("prompt too long", f"{size} characters")
-    _check_unicode(messages)
+    source = str(row.get(columns.source) or "unknown")
+    _check_unicode("".join([*(message["content"] for message in messages), source]))
     return {
         "prompt_id": digest(messages),
         "messages": messages,
-        "source": str(row.get(columns.source) or "unknown"),
+        "source": source,
         "fields": _fields(row, columns),
     }
 
@@ -148,7 +149,7 @@ def _messages(value: Any) -> list[dict[str, str]]:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise BadRow("malformed message", repr(message))
-        if message.get("role") not in _ROLES:
+        if not isinstance(message.get("role"), str) or message["role"] not in _ROLES:
             raise BadRow("unknown role", repr(message.get("role")))
         messages.append({"role": message["role"], "content": message["content"]})
     if not messages[-1]["content"].strip():
@@ -158,8 +159,7 @@ def _messages(value: Any) -> list[dict[str, str]]:
     return messages
 
 
-def _check_unicode(messages: list[dict[str, str]]) -> None:
-    text = "".join(message["content"] for message in messages)
+def _check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -178,17 +178,27 @@ def _fields(row: dict[str, Any], columns: ColumnsConfig) -> str:
         raise BadRow("kept column is not JSON", str(error)) from None
 
 
-def _check_share(config: IngestConfig, counts: Counts, examples: list[str]) -> None:
+def _check_share(config: IngestConfig, counts: Counts, examples: Callable[[], list[str]]) -> None:
     """Duplicates are no fault; everything else dropped counts against max_quarantined."""
     if counts.out == 0:
-        why = f"; dropped: {dict(counts.dropped)}" if counts.into else ""
+        why = f"; dropped: {dict(counts.dropped)}. {' | '.join(examples())}" if counts.into else ""
         raise ConfigError(f"ingest.source {config.source!r} holds no usable prompt ({counts.into} rows{why})")
     bad = counts.into - counts.out - counts.dropped.get("duplicate", 0)
     if bad > math.floor(config.max_quarantined * counts.into):
         raise RunError(
             f"ingest: {bad} of {counts.into} rows are bad, more than max_quarantined {config.max_quarantined:.0%}: "
-            f"{dict(counts.dropped)}. {' | '.join(examples)}"
+            f"{dict(counts.dropped)}. {' | '.join(examples())}"
         )
+
+
+def _examples(store: Store, inputs: str) -> list[str]:
+    """The first rows that were quarantined when a source was read."""
+    rows = store.read_table(f"prompts/sources/{inputs}.quarantine.parquet").slice(0, 3).to_pylist()
+    return [_example(row["row"], row["reason"], row["excerpt"]) for row in rows]
+
+
+def _example(row: int, reason: str, excerpt: str) -> str:
+    return f"row {row}: {reason}: {excerpt[:80]}"
 
 
 class _ShardWriter:

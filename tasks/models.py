@@ -12,10 +12,12 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tasks.config import GeneratorConfig, ScorerConfig, is_local_path
@@ -130,7 +132,7 @@ def function_source(config: ScorerConfig) -> Path:
     else:
         try:
             spec = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
+        except (ImportError, ValueError):
             spec = None
         source = Path(spec.origin) if spec and spec.origin else Path(module)
     if not source.is_file():
@@ -142,17 +144,26 @@ def load_function(config: ScorerConfig) -> Callable[..., float]:
     """The callable that `function` names."""
     module, _, name = config.function.rpartition(":")
     source = function_source(config)
-    if module.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(f"prefsieve_scorer_{source.stem}", source)
-        assert spec and spec.loader
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    else:
-        loaded = importlib.import_module(module)
+    try:
+        loaded = _load_file(source) if module.endswith(".py") else importlib.import_module(module)
+    except Exception as error:  # somebody else's code, run for the first time
+        raise ConfigError(
+            f"score: function {config.function!r}: {source} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     found = getattr(loaded, name, None)
     if not callable(found):
         raise ConfigError(f"score: function {config.function!r}: {module} has no function {name!r}")
     return found
+
+
+def _load_file(source: Path) -> ModuleType:
+    name = f"prefsieve_scorer_{source.stem}"
+    spec = importlib.util.spec_from_file_location(name, source)
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded  # dataclasses look their module up here
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 # --- how
@@ -161,13 +172,17 @@ def load_function(config: ScorerConfig) -> Callable[..., float]:
 @lru_cache(maxsize=256)
 def _hub_commit(field: str, name: str, revision: str) -> str:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return f"{name}@{HfApi().model_info(name, revision=revision or None, timeout=20).sha}"
     except HFValidationError as error:
         raise ConfigError(f"{field}: model {name!r} is neither a folder here nor a hub name; check the path") from error
-    except (OSError, OfflineModeIsEnabled):  # not found, gated, or no network: what was downloaded before may serve
+    except (
+        HTTPError,
+        OSError,
+        OfflineModeIsEnabled,
+    ):  # not found, gated, or no network: what was downloaded before may serve
         pass
     try:
         return f"{name}@{Path(snapshot_download(name, revision=revision or None, local_files_only=True)).name}"

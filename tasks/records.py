@@ -146,7 +146,8 @@ class Work:
     requests: int = 0  # calls into an engine: one per prompt (generate) or different completion (score)
     samples: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the stage, on the clock
+    engine_seconds: float = 0.0  # from the first engine being ready to the last shard being stored
 
 
 @dataclass(frozen=True)

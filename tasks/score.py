@@ -40,6 +40,7 @@ def score(
     todo = sum(item["samples"] for items in missing.values() for item in items)
     meter = Meter(report, "score", total, "rewards", reused=max(total - todo, 0))
     totals: Counter[str] = Counter()
+    engine_seconds = 0.0
     for scorer in config.scorers:
         if missing[scorer.name]:
             arguments = (scorer, fingerprints[scorer.name], store.url)
@@ -52,7 +53,7 @@ def score(
                 _check_missing(config, name, totals[name], limit, counts["example"])
                 meter.add(counts["samples"])
 
-            run_pool(ScoreWorker, arguments, missing[scorer.name], scorer, on_done, address)
+            engine_seconds += run_pool(ScoreWorker, arguments, missing[scorer.name], scorer, on_done, address)
     counts = _count(config, completions, fingerprints, files, store)
     made = sum(map(len, missing.values()))
     work = Work(
@@ -62,6 +63,7 @@ def score(
         requests=totals["requests"],
         samples=totals["samples"],
         seconds=time.monotonic() - started,
+        engine_seconds=engine_seconds,
     )
     return Rewards(completions, fingerprints, counts, work)
 

@@ -1,21 +1,28 @@
 """Readers of prompt sources: JSON lines, JSON, CSV, Parquet, a save_to_disk folder, or a hub data set, row by row.
 
 A row that cannot be read comes out as a BadRow in its place, so that it is counted and quarantined instead of ending
-the run. Compressed files (.gz, .zst ...) and any fsspec URL are read as they are.
+the run. Where it cannot be known how many rows are lost (a file that is cut off, a quote that is never closed) the run
+ends. Compressed files (.gz, .zst ...) and any fsspec URL are read as they are.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
+import itertools
 import json
+import lzma
+import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import ijson
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.config import IngestConfig
@@ -31,6 +38,8 @@ _FORMATS = {
 }
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
 _MAX_FIELD = 64 * 2**20
+_BOM = b"\xef\xbb\xbf"
+_BROKEN = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid, ijson.JSONError, csv.Error)
 
 
 class BadRow(ValueError):
@@ -52,14 +61,14 @@ def read_rows(config: IngestConfig) -> Iterator[tuple[dict[str, Any] | BadRow, i
 
 def source_digest(config: IngestConfig) -> str:
     """Digest of the source's content: of local bytes, of a remote file's checksum, of a hub data set's commit."""
-    if format_of(config) == "hub":
+    kind = format_of(config)
+    if kind == "hub":
         return _hub_commit(config.source)
-    hasher = hashlib.sha256()
-    for fs, path in _files(config):
+    hasher = hashlib.sha256(kind.encode())
+    for fs, path in _files(config) if kind == "disk" else _data_files(config):
         if fs.protocol in ("file", ("file", "local")):
             with open(path, "rb") as file:
-                while piece := file.read(8 << 20):
-                    hasher.update(piece)
+                hasher.update(hashlib.file_digest(file, "sha256").digest())
         else:
             hasher.update(f"{path} {fs.ukey(path)}".encode())
     return hasher.hexdigest()
@@ -69,19 +78,30 @@ def format_of(config: IngestConfig) -> str:
     """The format asked for, or the one that the source's name tells."""
     if config.format != "auto":
         return config.format
-    path = Path(config.source)
+    path = Path(config.source).expanduser()
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         return "disk"
-    files = [Path(file) for _, file in _files(config, missing_ok=True)]
+    files = [Path(file) for _, file in _data_files(config, missing_ok=True)]
     if not files:
         if config.source.count("/") <= 1 and "." not in config.source.rsplit("/", 1)[-1] and "*" not in config.source:
             return "hub"
         raise ConfigError(f"ingest.source: {config.source!r} does not exist; check the path")
-    suffixes = [suffix for suffix in files[0].suffixes if suffix not in _COMPRESSED]
-    known = _FORMATS.get(suffixes[-1].lower() if suffixes else "")
-    if not known:
-        raise ConfigError(f"ingest.format: cannot tell the format of {files[0].name!r}; set it to jsonl, json, csv ...")
-    return known
+    kinds = {_named_format(file): file for file in files}
+    if None in kinds:
+        name = kinds[None].name
+        raise ConfigError(f"ingest.format: cannot tell the format of {name!r}; set it to jsonl, json, csv ...")
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"ingest.source: {config.source!r} holds files of several formats ({', '.join(sorted(map(str, kinds)))}); "
+            f"name those of one format, such as {config.source.rstrip('/*')}/*{files[0].suffix}"
+        )
+    return str(next(iter(kinds)))
+
+
+def _named_format(file: Path) -> str | None:
+    """By the ending, before that of a compression."""
+    suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSED]
+    return _FORMATS.get(suffixes[-1].lower()) if suffixes else None
 
 
 def _all_rows(config: IngestConfig) -> Iterator[dict[str, Any] | BadRow]:
@@ -90,14 +110,21 @@ def _all_rows(config: IngestConfig) -> Iterator[dict[str, Any] | BadRow]:
         yield from _datasets_rows(config, kind)
         return
     read = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[kind]
-    for fs, path in _files(config):
+    for fs, path in _data_files(config):
         compression = None if kind == "parquet" else "infer"
-        with fsspec.core.OpenFile(fs, path, "rb", compression=_infer(path, compression)) as file:
-            yield from read(file)
+        try:
+            with fsspec.core.OpenFile(fs, path, "rb", compression=_infer(path, compression)) as file:
+                yield from read(file)
+        except _BROKEN as error:
+            raise RunError(f"ingest.source {path!r} is damaged or no {kind} file: {_first_line(error)}") from error
+        except PermissionError as error:
+            raise RunError(f"ingest.source {path!r} cannot be read: permission denied") from error
 
 
 def _jsonl_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
-    for line in file:
+    for number, line in enumerate(file):
+        if number == 0:
+            line = line.removeprefix(_BOM)
         if line.strip():
             yield _json_row(line)
 
@@ -113,25 +140,64 @@ def _json_row(line: bytes) -> dict[str, Any] | BadRow:
 
 
 def _json_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
-    try:
-        for row in ijson.items(file, "item", use_float=True):
+    """Of an array of objects, which is never held as a whole."""
+    rest = _Rest(file)
+    if rest.head and rest.head[:1] != b"[":
+        raise ijson.JSONError("it holds no array; where each line is an object, set ingest.format to jsonl")
+    if rest.head:
+        for row in ijson.items(rest, "item", use_float=True):
             yield row if isinstance(row, dict) else BadRow("not a JSON object", repr(row))
-    except ijson.JSONError as error:  # what follows cannot be found again
-        yield BadRow("not JSON", str(error))
+
+
+class _Rest:
+    """A file from its first byte that is neither a byte order mark nor white space."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.head = b""
+        while not self.head and (piece := file.read(1 << 16)):
+            self.head = piece.removeprefix(_BOM).lstrip()
+
+    def read(self, size: int = -1) -> bytes:
+        if not self.head or size == 0:
+            return self.file.read(size)
+        head, self.head = self.head, b""
+        return head
 
 
 def _csv_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
     csv.field_size_limit(_MAX_FIELD)
     # Undecodable bytes become lone surrogates, which ingest refuses row by row.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(text, restkey="")
+    end = uuid.uuid4().hex  # a last line of our own: a quote that is never closed would swallow it
+    reader = csv.reader(itertools.chain(text, [end]))
+    columns: list[str] | None = None
     for row in reader:
-        yield BadRow("more fields than columns", repr(row[""])) if "" in row else row
+        if row == [end]:
+            return
+        if columns is None:
+            columns = row
+        elif len(row) > len(columns):
+            yield BadRow("more fields than columns", repr(row[len(columns) :]))
+        elif row:
+            yield dict(itertools.zip_longest(columns, row))
+    raise csv.Error("a quote is never closed, so its last rows cannot be told apart")
 
 
 def _parquet_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
     for batch in pq.ParquetFile(file).iter_batches(batch_size=512):
-        yield from batch.to_pylist()
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            rows = [_parquet_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
+        yield from rows
+
+
+def _parquet_row(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", repr(error.object))
 
 
 def _datasets_rows(config: IngestConfig, kind: str) -> Iterator[dict[str, Any] | BadRow]:
@@ -148,25 +214,38 @@ def _datasets_rows(config: IngestConfig, kind: str) -> Iterator[dict[str, Any] |
     yield from datasets.load_dataset(config.source, split=config.split, streaming=True)
 
 
+def _data_files(config: IngestConfig, missing_ok: bool = False) -> list[tuple[Any, str]]:
+    """Without those that lie beside data, such as a README, unless a format is given or nothing else is there."""
+    files = _files(config, missing_ok)
+    known = [(fs, path) for fs, path in files if _named_format(Path(path))]
+    return known if known and config.format == "auto" else files
+
+
 def _files(config: IngestConfig, missing_ok: bool = False) -> list[tuple[Any, str]]:
     """(filesystem, path) of every file that the source names, sorted."""
     try:
         source = config.source if "://" in config.source else str(Path(config.source).expanduser())
         fs, path = fsspec.core.url_to_fs(source)
+        if fs.isfile(path):
+            return [(fs, path)]
         if any(letter in path for letter in "*?["):
-            found = fs.glob(path)
-        elif fs.isdir(path):
-            found = fs.find(path)
+            found = [file for file in fs.glob(path) if fs.isfile(file)]
         else:
-            found = [path] if fs.exists(path) else []
+            found = fs.find(path) if fs.isdir(path) else []
     except (ImportError, ValueError) as error:
         raise ConfigError(f"ingest.source: {config.source!r} cannot be opened: {error}") from error
     except Exception as error:  # s3fs, aiohttp and botocore have no common base
-        raise RunError(f"ingest.source {config.source!r} cannot be reached: {str(error).splitlines()[0]}") from error
+        raise RunError(f"ingest.source {config.source!r} cannot be reached: {_first_line(error)}") from error
     found = sorted(file for file in found if not Path(file).name.startswith((".", "_")))
     if not found and not missing_ok:
         raise ConfigError(f"ingest.source: {config.source!r} does not exist or holds no files; check the path")
     return [(fs, file) for file in found]
+
+
+def _first_line(error: BaseException) -> str:
+    told = error.args[0] if error.args else ""
+    text = told.decode(errors="replace") if isinstance(told, bytes) else str(error)
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 def _infer(path: str, compression: str | None) -> str | None:
@@ -175,11 +254,11 @@ def _infer(path: str, compression: str | None) -> str | None:
 
 def _hub_commit(name: str) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         return f"{name}@{HfApi().dataset_info(name, timeout=20).sha}"
-    except (HFValidationError, OSError) as error:
+    except (HFValidationError, HTTPError, OSError) as error:
         raise ConfigError(
             f"ingest.source: {name!r} is no file here, and the hub cannot be reached or has no such data set; "
             "check the path, or the network and HF_TOKEN"

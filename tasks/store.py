@@ -33,21 +33,23 @@ import pyarrow.parquet as pq
 
 from tasks.errors import ConfigError, RunError
 
-# Servers answer a lost race on a conditional put differently: FileExistsError, or a bare OSError for the 412.
-_LOST_RACE_ERRNOS = {22}
+# Of a lost race on a conditional put s3fs makes a FileExistsError for some servers, a bare OSError for others.
+_LOST_RACE = {"PreconditionFailed", "412"}
 
 
 class Store:
     """Whole files under one URL, by path relative to it. Cheap to make: each Ray actor makes its own."""
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
+        protocol, scheme, rest = str(url).partition("://")
+        if not scheme:
+            protocol = "file"
+        elif protocol not in ("file", "s3") or (protocol == "s3" and not rest.partition("/")[0]):
+            raise ConfigError(f"store: {str(url)!r} is neither a folder nor an s3://BUCKET URL; use one of these")
         self.url = str(url).rstrip("/")
-        protocol = self.url.split("://", 1)[0] if "://" in self.url else "file"
-        if protocol not in ("file", "s3"):
-            raise ConfigError(f"store: {self.url!r} is neither a folder nor an s3:// URL; use one of these")
         self.local = protocol == "file"
         if self.local:
-            self.url = str(Path(self.url.removeprefix("file://")).absolute())
+            self.url = str(Path(self.url.removeprefix("file://")).expanduser().absolute())
             self.fs = fsspec.filesystem("file")
         else:
             self.fs = fsspec.filesystem(
@@ -82,7 +84,8 @@ class Store:
     def list(self, prefix: str) -> Sequence[str]:
         """Paths of all files below a prefix, sorted; empty when there are none."""
         found = self.fs.find(self.full(prefix))
-        names = (name.removeprefix(self.root + "/") for name in found)
+        below = self.root + "/"  # some servers list an emptied prefix as a file of its own
+        names = (name.removeprefix(below) for name in found if name.startswith(below))
         return sorted(name for name in names if "/.tmp-" not in name)
 
     def create(self, path: str, data: bytes) -> bool:
@@ -124,7 +127,7 @@ class Store:
     def create_json(self, path: str, value: Any) -> bool:
         return self.create(path, to_json(value))
 
-    def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+    def read_table(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         source = self.full(path) if self.local else pa.BufferReader(self.read(path))
         return pq.read_table(source, columns=columns, partitioning=None)
 
@@ -197,7 +200,8 @@ class Store:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno in _LOST_RACE_ERRNOS and "precondition" in str(error).lower():
+            answer = getattr(error.__cause__, "response", None) or {}
+            if answer.get("Error", {}).get("Code") in _LOST_RACE:
                 return False
             raise
         return True

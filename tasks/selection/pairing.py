@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 KEPT = ""
 TOO_FEW = "fewer than two rewards"
@@ -39,23 +40,32 @@ def best_vs_worst(rewards: Floats, texts: Ints) -> Choice:
     chosen = np.where(there, rewards, -np.inf).argmax(axis=1)
     rejected = np.where(there, rewards, np.inf).argmin(axis=1)
     too_few = there.sum(axis=1) < 2
-    return Choice(chosen, rejected, _reasons(rewards, texts, chosen, rejected, too_few, TOO_FEW))
+    first = np.take_along_axis(texts, chosen[:, None], axis=1)
+    # Where all rewards tie both sides are the same sample: its text says nothing, those of the others do.
+    all_same = ((texts == first) | ~there).all(axis=1)
+    same = np.where(chosen == rejected, all_same, _same(texts, chosen, rejected))
+    return Choice(chosen, rejected, _reasons(rewards, same, chosen, rejected, too_few, TOO_FEW))
 
 
-def generator_delta(rewards: Floats, texts: Ints, present: NDArray[np.bool_], stronger: int, weaker: int) -> Choice:
+def generator_delta(rewards: Floats, texts: Ints, present: Bools, stronger: int, weaker: int) -> Choice:
     """stronger, weaker: column of each generator's first sample; present: where there is a sample at all."""
     chosen = np.full(len(rewards), stronger)
     rejected = np.full(len(rewards), weaker)
     absent = ~(present[:, stronger] & present[:, weaker])
-    return Choice(chosen, rejected, _reasons(rewards, texts, chosen, rejected, absent, MISSING))
+    same = _same(texts, chosen, rejected)
+    return Choice(chosen, rejected, _reasons(rewards, same, chosen, rejected, absent, MISSING))
+
+
+def _same(texts: Ints, chosen: Ints, rejected: Ints) -> Bools:
+    row = np.arange(len(texts))
+    return texts[row, chosen] == texts[row, rejected]
 
 
 def _reasons(
-    rewards: Floats, texts: Ints, chosen: Ints, rejected: Ints, unusable: NDArray[np.bool_], why: str
+    rewards: Floats, same: Bools, chosen: Ints, rejected: Ints, unusable: Bools, why: str
 ) -> NDArray[np.object_]:
     row = np.arange(len(rewards))
     tie = rewards[row, chosen] == rewards[row, rejected]  # false where a reward is NaN
-    same = texts[row, chosen] == texts[row, rejected]
     reasons = np.full(len(rewards), KEPT, dtype=object)
     reasons[tie] = TIE
     reasons[same] = SAME

@@ -27,13 +27,14 @@ def pvar(rewards: Floats, scale: float = 1.0) -> Floats:
     rewards = np.asarray(rewards, dtype=np.float64)
     there = np.isfinite(rewards)
     n = there.sum(axis=1)
-    values = np.where(there, rewards, 0.0) / scale
+    values = np.where(there, rewards, 0.0)
     total = np.zeros(len(rewards))
-    for i in range(rewards.shape[1]):
-        for j in range(i + 1, rewards.shape[1]):
-            # sigmoid(x) - 1/2 = tanh(x / 2) / 2, which does not overflow
-            preference = np.tanh((values[:, i] - values[:, j]) / 2) / 2
-            total += np.where(there[:, i] & there[:, j], preference**2, 0.0)
+    with np.errstate(over="ignore", under="ignore"):  # a gap beyond any float is an infinite one
+        for i in range(rewards.shape[1]):
+            for j in range(i + 1, rewards.shape[1]):
+                # sigmoid(x) - 1/2 = tanh(x / 2) / 2, which does not overflow
+                preference = np.tanh((values[:, i] - values[:, j]) / scale / 2) / 2
+                total += np.where(there[:, i] & there[:, j], preference**2, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(n >= 2, 2 * total / (n * (n - 1)), np.nan)
 

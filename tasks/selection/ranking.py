@@ -1,7 +1,7 @@
 """Which pairs a subset takes: the top or bottom of an order, with ties broken by a seeded hash.
 
 Integer ratings and verifiers tie often; a tie broken by position would favour whatever came first in the input. The
-hash of (seed, prompt id) is fixed for a seed, so the same pairs are taken on every machine. `random` is that hash alone.
+hash of (seed, prompt id) is the same on every machine, so the same pairs are taken. `random` is that hash alone.
 """
 
 from __future__ import annotations

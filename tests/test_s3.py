@@ -1,0 +1,97 @@
+"""A real S3 server over HTTP, with signatures checked: the store's promises, and the whole way by command line."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from examples.tinyworld.build import build
+from flows.demo import WORLD
+from tasks.store import Store
+from tests.services import ROOT, SeaweedFS, environment, prefsieve, seaweedfs
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def store(s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Store]:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield Store(f"s3://{s3.bucket}/{request.node.name}")
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_the_server_is_found_to_honour_conditional_writes(store: Store) -> None:
+    assert "conditional" in store.check()
+    assert store.list("") == []
+
+
+def test_one_of_many_writers_wins_and_the_others_see_its_bytes(store: Store) -> None:
+    won: list[int] = []
+    barrier = threading.Barrier(12)
+
+    def write(number: int) -> None:
+        barrier.wait()
+        if store.create("race/file", f"writer {number}".encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.read("race/file") == f"writer {won[0]}".encode()
+
+
+def test_large_files_go_up_in_parts_and_only_once(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "large"
+    source.write_bytes(bytes(range(256)) * 4096 * 120)  # 120 MiB: more than two parts
+    assert store.create_file("large", source)
+    assert not store.create_file("large", source)
+    assert store.fetch("large", tmp_path / "back").read_bytes() == source.read_bytes()
+
+
+def test_listings_are_never_stale(store: Store) -> None:
+    other = Store(store.url)
+    assert store.list("a") == [] and not store.exists("a/1")
+    other.create("a/1", b"x")
+    assert store.list("a") == ["a/1"] and store.exists("a/1")
+
+
+def test_a_wrong_key_is_said_clearly(s3: SeaweedFS) -> None:
+    wrong = {**s3.environment(), "AWS_SECRET_ACCESS_KEY": "wrong"}
+    done = prefsieve("doctor", "--store", f"s3://{s3.bucket}/x", env=environment(**wrong))
+    assert done.returncode == 1
+    assert "AWS_SECRET_ACCESS_KEY" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_curate_train_evaluate_and_verify_on_s3(s3: SeaweedFS) -> None:
+    build(ROOT / WORLD)
+    url = f"s3://{s3.bucket}/whole"
+    few = ["--set", "ingest.limit=192", "--set", "ingest.shard_size=64", "--set", "generate.samples=4"]
+    curated = run("curate", "configs/tinyworld/curate.yaml", "--store", url, *few, s3=s3)
+    assert [subset["name"] for subset in curated["subsets"]] == ["pvar-top", "pvar-random", "pvar-bottom", "delta"]
+    trained = run("train", "configs/tinyworld/train.yaml", "--store", url, "--set", "train.max_steps=6", s3=s3)
+    assert trained["steps"] == 6 and abs(trained["first"]["loss"] - 0.6931) < 1e-3
+    compared = run("evaluate", "configs/tinyworld/evaluate.yaml", "--store", url, "--set", "ingest.limit=64", s3=s3)
+    assert compared["prompts"] == 64 and 0 <= compared["scorers"]["verifier"]["win_rate"] <= 1
+    assert prefsieve("verify", "pvar-top", "--store", url, env=environment(**s3.environment())).returncode == 0
+    again = run("curate", "configs/tinyworld/curate.yaml", "--store", url, *few, s3=s3)
+    assert again["subsets"] == curated["subsets"]
+    assert sum(stage["engine_starts"] + stage["requests"] for stage in again["stages"]) == 0
+
+
+def run(*arguments: str, s3: SeaweedFS) -> dict:
+    done = prefsieve(*arguments, "--json", env=environment(**s3.environment()), timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)

@@ -1,0 +1,126 @@
+"""Real vLLM (the CPU build on machines without a GPU), as generator and as reward model: alone and under Ray."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples.tinyworld.build import build
+from flows.demo import WORLD
+from tasks.config import GenerateConfig, GeneratorConfig, IngestConfig, PairingConfig, ScoreConfig, ScorerConfig
+from tasks.engines import Answer, GenerationRequest, ScoringRequest, reward_engine
+from tasks.engines.loop import EngineLoop
+from tasks.generate import generate
+from tasks.ingest import ingest
+from tasks.pair import Columns, pair
+from tasks.score import score
+from tasks.store import Store
+from tests.services import ROOT
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+PROMPTS = [[{"role": "user", "content": text}] for text in ("abc", "hello", "zyxwvu", "ab", "queue", "aeiouaei")]
+SAMPLING = {"temperature": 1.0, "max_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def world() -> Path:
+    return build(ROOT / WORLD)
+
+
+@pytest.fixture(scope="module")
+def generator(world: Path) -> Iterator[EngineLoop]:
+    from tasks.engines.vllm import VllmGenerator
+
+    config = GeneratorConfig(name="policy", engine="vllm", model="x", max_model_len=64, sampling=SAMPLING)
+    loop = EngineLoop(VllmGenerator(config, str(world / "policy")))
+    yield loop
+    loop.close()
+
+
+def ask(loop: EngineLoop, first: int, samples: int) -> list[Answer]:
+    requests = [GenerationRequest(prompt, 1000 * i, first, samples) for i, prompt in enumerate(PROMPTS)]
+    return loop.submit(requests).result(timeout=120)
+
+
+def texts(answers: list[Answer]) -> list[list[str]]:
+    return [[sample.text for sample in answer.samples] for answer in answers]
+
+
+def test_samples_do_not_depend_on_the_range_they_are_asked_in(generator: EngineLoop) -> None:
+    whole, front, back = texts(ask(generator, 0, 6)), texts(ask(generator, 0, 4)), texts(ask(generator, 4, 2))
+    assert whole == [a + b for a, b in zip(front, back, strict=True)]
+    assert len({text for row in whole for text in row}) > len(PROMPTS), "all samples are alike: the seed is not used"
+
+
+def test_logprobs_are_the_models_own_at_temperature_one(generator: EngineLoop, world: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(world / "policy", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(world / "policy")
+    for prompt, answer in zip(PROMPTS, ask(generator, 0, 2), strict=True):
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        assert answer.prompt_tokens == len(start)
+        for sample in answer.samples:
+            response = tokenizer(sample.text, add_special_tokens=False)["input_ids"]
+            response += [tokenizer.eos_token_id] if sample.finish_reason == "stop" else []
+            assert sample.tokens == len(response)
+            with torch.no_grad():
+                logits = model(torch.tensor([start + response])).logits[0, len(start) - 1 : -1]
+            expected = torch.log_softmax(logits.double(), -1)[range(len(response)), response].sum().item()
+            assert math.isclose(sample.logprob, expected, abs_tol=1e-3)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_and_the_others_are_answered(generator: EngineLoop) -> None:
+    requests = [GenerationRequest([{"role": "user", "content": "a" * n}], 1, 0, 2) for n in (3, 500, 4)]
+    short, long, other = generator.submit(requests).result(timeout=120)
+    assert len(short.samples) == len(other.samples) == 2
+    assert "too long" in long.reason
+
+
+def test_curate_runs_on_vllm_under_ray_and_its_rewards_equal_those_of_transformers(world: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    prompts = ingest(IngestConfig(source=str(world / "prompts.jsonl"), limit=96, shard_size=32), store)
+    policy = GeneratorConfig(
+        name="policy", engine="vllm", model=str(world / "policy"), max_model_len=64, sampling=SAMPLING
+    )
+    completions = generate(GenerateConfig(samples=4, generators=[policy]), prompts, store)
+    assert completions.counts.out == 96
+    assert (completions.work.engine_starts, completions.work.requests, completions.work.samples) == (1, 96, 384)
+    scorers = [
+        ScorerConfig(name=engine, engine=engine, model=str(world / "reward"), max_model_len=64)
+        for engine in ("vllm", "transformers")
+    ]
+    rewards = score(ScoreConfig(scorers=scorers), completions, store)
+    assert rewards.counts.out == 2 * 384
+    vllm, transformers = (_rewards(rewards, name, prompts, store) for name in ("vllm", "transformers"))
+    np.testing.assert_allclose(vllm, transformers, atol=1e-3)
+    assert vllm.min() < 0 or vllm.max() > 1, "raw logits leave [0, 1]; a sigmoid of them would not"
+    table = pair(PairingConfig(scorer="vllm"), rewards, store)
+    assert table.counts.into == 96 and table.counts.out > 20
+    again = generate(GenerateConfig(samples=4, generators=[policy]), prompts, store)
+    assert again.work.engine_starts == again.work.requests == 0
+
+
+def test_the_reward_models_activation_is_off(world: Path) -> None:
+    """Golden: raw logits of real texts, vLLM against a forward pass of transformers in this process."""
+    config = ScorerConfig(name="rm", engine="vllm", model="x", max_model_len=64)
+    transformers = config.model_copy(update={"engine": "transformers"})
+    requests = [ScoringRequest(prompt, text) for prompt in PROMPTS for text in ("cba", "", "zzzz", "olleh")]
+    both: list[list[Any]] = []
+    for scorer in (config, transformers):
+        loop = EngineLoop(reward_engine(scorer, str(world / "reward")))
+        both.append(loop.submit(requests).result(timeout=180))
+        loop.close()
+    np.testing.assert_allclose(*both, atol=1e-3)
+
+
+def _rewards(rewards: Any, scorer: str, prompts: Any, store: Store) -> np.ndarray:
+    from tasks.ingest import shards_of
+
+    columns = Columns(["policy"], rewards.completions, rewards.scorers[scorer], store)
+    return np.concatenate([columns.read(shard["digest"]).rewards for shard in shards_of(store, prompts)])
