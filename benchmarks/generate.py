@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/generate.py [--seconds 60] [--samples 8] [--out FILE.json]
 
-Same prompts, model, K, sampling parameters and CPU threads; engine start-up excluded from both. Bare runs before and
-after the stage, each in a process of its own, so that a machine whose speed drifts is seen to drift. Bare gets its prompts
+Same prompts, model, K, sampling parameters and CPU threads; engine start-up excluded from both. Bare runs before
+and after the stage, each in a process of its own, so that a drifting machine is seen to drift. Bare gets its prompts
 as token ids, ready made; the stage renders and tokenises its own, and writes its files.
 
 Prints JSON: tokens/s of each run, the ratio, seconds to the first token after start-up, overhead per shard.

@@ -250,19 +250,16 @@ def _flow_environment() -> Iterator[None]:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
-    import prefect.logging.configuration
-
-    prefect.logging.configuration.setup_logging()
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_says_more_than_the_message)
+    for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
+        logging.getLogger(name).addFilter(_without_traceback)
     yield
 
 
-def _says_more_than_the_message(record: logging.LogRecord) -> bool:
-    """Leave out tracebacks of errors that `main` prints as one clear message."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, ConfigError | RunError)
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Errors that `main` prints as one clear message need no traceback in the log."""
+    if record.exc_info and isinstance(record.exc_info[1], ConfigError | RunError):
+        record.exc_info = None
+    return True
 
 
 def _store(url: str) -> Any:

@@ -8,7 +8,7 @@ checked before the server is touched, and doing it again changes nothing. Flows 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -170,7 +170,7 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
 
     limit = deployment.concurrency_limit
     try:
-        return load_flow_from_entrypoint(deployment.entrypoint).to_deployment(
+        registration = load_flow_from_entrypoint(deployment.entrypoint).to_deployment(
             name=deployment.name,
             description=deployment.description,
             tags=deployment.tags,
@@ -186,6 +186,8 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
         )
     except ValueError as error:
         raise ConfigError(f"deployment {deployment.name!r}: {error}") from error
+    assert not isinstance(registration, Coroutine)  # it would be one inside an event loop only
+    return registration
 
 
 def _apply(registration: RunnerDeployment) -> None:

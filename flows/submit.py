@@ -13,6 +13,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -101,7 +102,10 @@ def _connect(address: str) -> JobSubmissionClient:
         os.environ.pop(name, None)
     from ray.job_submission import JobSubmissionClient
 
-    class Client(JobSubmissionClient):  # type: ignore[misc]
+    for name in ("dashboard_sdk", "job.sdk"):  # uploads and closed sockets are not news
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+
+    class Client(JobSubmissionClient):
         """Ray's own waits for ever when packets are lost."""
 
         def _do_request(self, *arguments: Any, **options: Any) -> Any:
@@ -215,10 +219,10 @@ def _show_log(client: JobSubmissionClient, job: str) -> None:
 
 
 def _result(client: JobSubmissionClient, info: JobDetails) -> dict[str, Any]:
-    job, status = info.submission_id, info.status.value
+    job, status = str(info.submission_id), info.status.value
     log = client.get_job_logs(job)
     if status == "SUCCEEDED":
-        return _report(str(job), log)
+        return _report(job, log)
     said = "\n  ".join(log.rstrip().splitlines()[-_SHOWN:]) or info.message
     if info.driver_exit_code == 2:
         raise ConfigError(f"job {job} refuses its configuration:\n  {said}")

@@ -104,24 +104,39 @@ def run_pool(
     ready, last = float("inf"), 0.0
     with reraise(ray):
         for row in done.iter_rows():
+            if row["error"]:
+                raise RunError(row["error"])
             ready, last = min(ready, row["ready_at"]), max(last, row["done_at"])
             on_done(row)
     return last - ready
 
 
 class _Actor:
-    """The shape Ray Data wants: an async generator over batches of one item."""
+    """The shape Ray Data wants: an async generator over batches of one item.
+
+    An error is an item's answer, not an exception: Ray Data would try the item again on a fresh engine, and wrap the
+    message until nobody finds it. A process that dies is another matter; that item does go to a fresh actor.
+    """
 
     def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
-        self.worker = worker(*arguments)
+        self.error = ""
+        self.fresh = 1  # the first item reports that an engine was started
+        try:
+            self.worker = worker(*arguments)
+        except Exception as error:
+            self.error = f"an engine did not start: {_said(error)}"
         self.ready_at = time.time()
-        self.fresh = True  # the first item reports that an engine was started
 
     async def __call__(self, batch: dict[str, Any]) -> Any:
         item = {key: values[0].item() if hasattr(values[0], "item") else values[0] for key, values in batch.items()}
-        counts = await self.worker.work(item)
-        starts, self.fresh = int(self.fresh), False
-        about = {"engine_starts": starts, "ready_at": self.ready_at, "done_at": time.time()}
+        counts, error = {}, self.error
+        if not error:
+            try:
+                counts = await self.worker.work(item)
+            except Exception as raised:
+                error = f"an engine failed: {_said(raised)}"
+        starts, self.fresh = self.fresh, 0
+        about = {"error": error, "engine_starts": starts, "ready_at": self.ready_at, "done_at": time.time()}
         yield {key: [value] for key, value in {**counts, **about}.items()}
 
 
@@ -138,17 +153,15 @@ def _check_room(ray: Any, config: ModelConfig) -> None:
 
 @contextlib.contextmanager
 def reraise(ray: Any) -> Iterator[None]:
-    """Raise what really happened in an actor, without Ray's layers around it."""
+    """Turn what Ray raises for a job of ours into what really happened, in one line."""
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise _cause(error) from error
+        inner = getattr(error, "cause", None) or error
+        raise inner if isinstance(inner, ConfigError | RunError) else RunError(_said(inner)) from error
 
 
-def _cause(error: BaseException) -> BaseException:
-    inner = error
-    while (cause := getattr(inner, "cause", None)) is not None:
-        inner = cause
-    if isinstance(inner, ConfigError | RunError):
-        return inner
-    return RunError(f"an engine failed: {type(inner).__name__}: {str(inner).strip().splitlines()[-1]}")
+def _said(error: BaseException) -> str:
+    """An error in one line; our own errors need no class name."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, ConfigError | RunError) else f"{type(error).__name__}: {lines[-1]}"

@@ -38,7 +38,7 @@ def generate(
     fingerprints = {g.name: models.generator_fingerprint(g, store) for g in config.generators}
     missing = {g.name: missing_ranges(store, fingerprints[g.name], shards, config.samples) for g in config.generators}
     total = prompts.counts.out * len(config.generators)
-    todo = sum(item["rows"] for items in missing.values() for item in items if item["last"] == config.samples)
+    todo = sum(item["rows"] for items in missing.values() for item in items if item["final"])
     meter = Meter(report, "generate", total, "prompts", reused=total - todo)
     totals: Counter[str] = Counter()
     engine_seconds = 0.0
@@ -47,10 +47,11 @@ def generate(
         if items:
             arguments = (generator, fingerprints[generator.name], store.url)
 
-            def on_done(counts: dict[str, Any], limit: int = int(config.max_refused * prompts.counts.out)) -> None:
+            def on_done(counts: dict[str, Any], name: str = generator.name) -> None:
                 totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
-                totals["refused"] += counts["refused"]
-                _check_refused(config, totals["refused"], limit, counts["example"])
+                totals[f"refused by {name}"] += counts["refused"] if counts["final"] else 0
+                refused = totals[f"refused by {name}"]
+                _check_refused(config, name, refused, prompts.counts.out, counts["example"])
                 meter.add(counts["finished"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
 
             engine_seconds += run_pool(GenerateWorker, arguments, items, generator, on_done, address)
@@ -97,6 +98,7 @@ class GenerateWorker:
             "requests": len(requests),
             "samples": sum(len(answer.samples) for answer in given),
             "tokens": sum(sample.tokens for answer in given for sample in answer.samples),
+            "final": item["final"],
             "finished": item["rows"] if item["final"] else 0,
             "refused": len(refused),
             "example": refused[0] if refused else "",
@@ -185,20 +187,22 @@ def _count(
     """Prompts in and answered, over all generators, from the files themselves."""
     into = prompts.counts.out * len(fingerprints)
     dropped: Counter[str] = Counter()
-    for fingerprint in fingerprints.values():
+    for name, fingerprint in fingerprints.items():
+        mine: Counter[str] = Counter()
         there = existing_ranges(store, f"completions/{fingerprint}")
         for shard in shards:
             samples, _ = covering(there[shard["digest"]], config.samples)[0]
             refused = store.read_table(completions_path(fingerprint, shard["digest"], samples), ["refused"])["refused"]
             for entry in pc.value_counts(refused.drop_null()).to_pylist():
-                dropped[f"refused: {entry['values'].split(':')[0]}"] += entry["counts"]
-    limit = int(config.max_refused * into)
-    _check_refused(config, sum(dropped.values()), limit, str(dict(dropped)))
-    return Counts(into, into - sum(dropped.values()), dict(dropped))
+                mine[f"refused: {entry['values'].split(':')[0]}"] += entry["counts"]
+        _check_refused(config, name, mine.total(), prompts.counts.out, str(dict(mine)))
+        dropped += mine
+    return Counts(into, into - dropped.total(), dict(dropped))
 
 
-def _check_refused(config: GenerateConfig, refused: int, limit: int, example: str) -> None:
-    if refused > limit:
+def _check_refused(config: GenerateConfig, name: str, refused: int, of: int, example: str) -> None:
+    if refused > int(config.max_refused * of):
         raise RunError(
-            f"generate: {refused} prompts were refused, more than max_refused {config.max_refused:.0%}: {example}"
+            f"generate: {refused} of {of:,} prompts were refused by {name!r}, more than max_refused "
+            f"{config.max_refused:.0%}: {example}"
         )

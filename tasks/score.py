@@ -14,6 +14,7 @@ from collections import Counter
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks import models
 from tasks.cluster import run_pool
@@ -49,8 +50,8 @@ def score(
                 counts: dict[str, Any], name: str = scorer.name, limit: float = total / len(config.scorers)
             ) -> None:
                 totals.update({key: counts[key] for key in ("requests", "samples", "engine_starts")})
-                totals[name] += counts["missing"]
-                _check_missing(config, name, totals[name], limit, counts["example"])
+                totals[f"missing from {name}"] += counts["missing"]
+                _check_missing(config, name, totals[f"missing from {name}"], limit, counts["example"])
                 meter.add(counts["samples"])
 
             engine_seconds += run_pool(ScoreWorker, arguments, missing[scorer.name], scorer, on_done, address)
@@ -115,7 +116,7 @@ class ScoreWorker:
         try:
             return _finite(float(self.function(prompt, text)))
         except Exception as error:  # somebody else's code on a hostile text: that reward is missing, the run goes on
-            return f"function raised {type(error).__name__}: {error}"
+            return f"function raised {type(error).__name__}: {error}"[:500].encode(errors="backslashreplace").decode()
 
 
 def rewards_path(scorer: str, generator: str, shard: str, samples: Range) -> str:
@@ -128,14 +129,15 @@ def _files(completions: Completions, store: Store) -> Any:
     for generator in completions.generators.values():
         there = existing_ranges(store, f"completions/{generator}")
         for shard in shards:
-            for (first, last), _ in covering(there[shard["digest"]], completions.samples):
-                samples = shard["rows"] * (last - first)
+            for (first, last), part in covering(there[shard["digest"]], completions.samples):
                 yield {
                     "generator": generator,
                     "shard": shard["digest"],
                     "first": first,
                     "last": last,
-                    "samples": samples,
+                    "wanted_from": part.start,  # of the file's samples; others were made for another run
+                    "wanted_to": part.stop,
+                    "samples": shard["rows"] * (last - first),
                 }
 
 
@@ -176,7 +178,8 @@ def _count(
     for name, fingerprint in fingerprints.items():
         mine, example, seen = 0, "", 0
         for item in files:
-            reasons = store.read_table(_path(fingerprint, item), ["reasons"])["reasons"].combine_chunks().flatten()
+            column = store.read_table(_path(fingerprint, item), ["reasons"])["reasons"].combine_chunks()
+            reasons = pc.list_slice(column, item["wanted_from"], item["wanted_to"]).flatten()
             seen += len(reasons)
             for reason in reasons.drop_null().to_pylist():
                 dropped[f"{name}: {reason.split(':')[0]}"] += 1

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jinja2 import TemplateError
+
 Messages = list[dict[str, str]]
 
 
@@ -15,12 +17,12 @@ def prompt_ids(tokenizer: Any, messages: Messages, system_prompt: str = "") -> l
     """Token ids up to where the model's answer begins.
 
     A tokenizer without a chat template (a base model) gets a single user message as plain text; anything else raises
-    ValueError.
+    ValueError, and so does what a template refuses, such as a system message.
     """
     if tokenizer.chat_template:
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return _by_template(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(system_prompt + _single_text(messages))["input_ids"]
 
 
@@ -28,8 +30,17 @@ def scored_ids(tokenizer: Any, messages: Messages, completion: str) -> list[int]
     """Token ids of a prompt together with its completion, as a reward model reads them."""
     if tokenizer.chat_template:
         whole = [*messages, {"role": "assistant", "content": completion}]
-        return tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)
+        return _by_template(tokenizer, whole, add_generation_prompt=False)
     return tokenizer(_single_text(messages) + completion)["input_ids"]
+
+
+def _by_template(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> list[int]:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise ValueError(f"chat template: {error}") from error
 
 
 def _single_text(messages: Messages) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 from typing import Any
 
 from tasks.config import GeneratorConfig, ScorerConfig
@@ -70,8 +71,9 @@ class FakeRewardModel:
         if self.config.engine_args.get("nan"):
             return math.nan
         noise = 0.1 * _rng(self.config.name, text).gauss(0, 1)
-        if text.startswith("["):
-            return float(text[1 : text.index("]")]) + noise
+        written = re.match(r"\[(-?\d+(?:\.\d+)?)\]", text)
+        if written:
+            return float(written[1]) + noise
         return 10 * noise
 
 

@@ -6,6 +6,7 @@ not depend on which other prompts share its batch, nor on whether samples 4..7 w
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class TransformersGenerator:
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.ends = [ends] if isinstance(ends, int) else list(ends or [])
+        self.model.generation_config = GenerationConfig()  # a model's own penalties would join our sampling
         pad = self.tokenizer.pad_token_id
         self.pad = pad if pad is not None else (self.ends or [0])[0]
         self.queue: list[tuple[int, GenerationRequest, list[int]]] = []
@@ -46,12 +48,22 @@ class TransformersGenerator:
         self.queue.append((key, request, ids))
 
     def step(self) -> list[tuple[int, Answer]]:
+        """One batch of prompts that leave the same room, so that a long one does not cut its neighbours short."""
         batch: list[tuple[int, GenerationRequest, list[int]]] = []
-        rows = 0
-        while self.queue and (not batch or rows + self.queue[0][1].samples <= self.config.batch_size):
-            batch.append(self.queue.pop(0))
-            rows += batch[-1][1].samples
+        later, rows = [], 0
+        for entry in self.queue:
+            fits = rows + entry[1].samples <= self.config.batch_size
+            if not batch or (fits and self._room_after(entry[2]) == self._room_after(batch[0][2])):
+                batch.append(entry)
+                rows += entry[1].samples
+            else:
+                later.append(entry)
+        self.queue = later
         return self._generate(batch) if batch else []
+
+    def _room_after(self, prompt: list[int]) -> int:
+        """Tokens that a completion may have."""
+        return min(self.config.sampling.max_tokens, self.room - len(prompt))
 
     def close(self) -> None:
         self.model = None
@@ -64,7 +76,7 @@ class TransformersGenerator:
         longest = ids.shape[1]
         sampler = SeededSampler(torch.tensor(seeds, device=ids.device), self.config.sampling)
         generation = GenerationConfig(
-            max_new_tokens=min(self.config.sampling.max_tokens, self.room - longest),
+            max_new_tokens=self._room_after(batch[0][2]),
             do_sample=False,  # the sampler decides; generate only has to take its choice
             eos_token_id=self.ends or None,
             pad_token_id=self.pad,
@@ -99,9 +111,9 @@ class TransformersRewardModel:
         self.model = AutoModelForSequenceClassification.from_pretrained(model, **_loading(config)).eval().to(_device())
         if self.model.config.num_labels != 1:
             raise RunError(f"scorer {config.name!r}: {model} has {self.model.config.num_labels} outputs, not one")
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-        self.room = config.max_model_len or self.model.config.get_text_config().max_position_embeddings
+        self.text_config = self.model.config.get_text_config()
+        self.pad: int | None = self.text_config.pad_token_id
+        self.room = config.max_model_len or self.text_config.max_position_embeddings
         self.queue: list[tuple[int, list[int]]] = []
 
     def add(self, key: int, request: ScoringRequest) -> None:
@@ -115,7 +127,13 @@ class TransformersRewardModel:
         batch, self.queue = self.queue[: self.config.batch_size], self.queue[self.config.batch_size :]
         if not batch:
             return []
-        ids, mask = _pad([ids for _, ids in batch], self.model.config.pad_token_id, left=False)
+        rows = [ids for _, ids in batch]
+        # The model reads its reward at the last token that is not padding. Where it names no padding token, one is
+        # chosen that no row ends with: the tokenizer's is often the end token itself.
+        last = {row[-1] for row in rows if row}
+        pad = self.pad if self.pad is not None else next(i for i in count() if i not in last)
+        self.text_config.pad_token_id = pad
+        ids, mask = _pad(rows, pad, left=False)
         logits = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].double().tolist()
         return [(key, logit) for (key, _), logit in zip(batch, logits, strict=True)]
 

@@ -1,0 +1,85 @@
+"""What the built models do on held-out prompts: accuracy by length and source, rewards, the reward model's agreement.
+
+Agreement is the share of (right, wrong) pairs of completions of one prompt, over all generators, in which the reward
+model's logit puts the right one above the wrong one; equal texts count once. A gap is that difference of logits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from examples.tinyworld import generators, reward, task
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    from examples.tinyworld.build import Recipe
+
+
+def measure(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    models: Mapping[str, LlamaForCausalLM],
+    scorer: LlamaForSequenceClassification,
+    items: Sequence[task.Item],
+) -> dict[str, Any]:
+    """The table that world.json holds and the README shows."""
+    prompts = [item.prompt for item in items]
+    table: dict[str, Any] = {"generators": {}}
+    pools: list[dict[str, float]] = [{} for _ in items]
+    for name, model in models.items():
+        completions = generators.sample(model, tokenizer, prompts, recipe.calibration_samples, recipe.seed + 9)
+        logits = reward.rewards(scorer, tokenizer, prompts, completions)
+        for pool, texts, values in zip(pools, completions, logits, strict=True):
+            pool.update(zip(texts, values, strict=True))
+        table["generators"][name] = _describe(items, completions, logits)
+    table["reward_model"] = agreement(items, pools)
+    return table
+
+
+def _describe(
+    items: Sequence[task.Item], completions: Sequence[Sequence[str]], logits: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """One generator's accuracy, slips and mean reward, and the shares of prompts it gets right always, never, sometimes."""
+    rates = [share(text == item.answer for text in texts) for item, texts in zip(items, completions, strict=True)]
+    slips = [share(t == task.slip(i.string) for t in texts) for i, texts in zip(items, completions, strict=True)]
+    by_length, by_source = defaultdict(list), defaultdict(list)
+    for item, rate in zip(items, rates, strict=True):
+        by_length[item.difficulty].append(rate)
+        by_source[item.source].append(rate)
+    return {
+        "accuracy": round(fmean(rates), 4),
+        "slips": round(fmean(slips), 4),
+        "accuracy_by_length": {length: round(fmean(by_length[length]), 3) for length in sorted(by_length)},
+        "accuracy_by_source": {source: round(fmean(by_source[source]), 3) for source in sorted(by_source)},
+        "always_right": round(share(rate == 1 for rate in rates), 3),
+        "mixed": round(share(0 < rate < 1 for rate in rates), 3),
+        "never_right": round(share(rate == 0 for rate in rates), 3),
+        "mean_reward": round(fmean(value for row in logits for value in row), 3),
+    }
+
+
+def agreement(items: Sequence[task.Item], pools: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """How often, and by how much, the reward model puts a right completion above a wrong one of the same prompt."""
+    gaps = sorted(
+        pool[item.answer] - value
+        for item, pool in zip(items, pools, strict=True)
+        if item.answer in pool
+        for text, value in pool.items()
+        if text != item.answer
+    )
+    return {
+        "pairs": len(gaps),
+        "agreement": round(share(gap > 0 for gap in gaps), 4),
+        "median_gap": round(gaps[len(gaps) // 2], 2),
+        "gap_5th_percentile": round(gaps[len(gaps) // 20], 2),
+        "gap_95th_percentile": round(gaps[len(gaps) * 19 // 20], 2),
+    }
+
+
+def share(flags: Iterable[bool]) -> float:
+    """The share of true flags."""
+    return fmean(float(flag) for flag in flags)

@@ -1,0 +1,244 @@
+"""Deployments on a real Prefect server, run by a real worker: the schedule, the form, a run by button, a refusal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.services import environment, prefect_server, prefect_worker, prefsieve
+
+FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+RUN = 150.0  # seconds; a run takes about 30
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with (
+        prefect_server(tmp_path_factory.mktemp("server")) as url,
+        httpx.Client(base_url=url, timeout=30) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def deployed(api: httpx.Client, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `prefsieve deploy` printed the second time: doing it twice must be as good as once."""
+    env = environment(PREFECT_API_URL=_url(api), PREFECT_HOME=str(tmp_path_factory.mktemp("deployer")))
+    for _ in range(2):
+        done = prefsieve("deploy", env=env)
+        assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def schema(api: httpx.Client, deployed: str) -> dict[str, Any]:
+    return dict(_deployment(api, "curate")["parameter_openapi_schema"])
+
+
+def test_deploy_registers_pool_and_deployments_and_says_what_to_do_next(api: httpx.Client, deployed: str) -> None:
+    assert api.get("/work_pools/prefsieve").json()["type"] == "process"
+    for flow in ("curate", "train", "evaluate"):
+        deployment = _deployment(api, flow)
+        assert deployment["entrypoint"] == f"flows.{flow}.{flow}"
+        assert deployment["path"] is None, "the deployer's folder must not be recorded"
+        assert not deployment["pull_steps"]
+        assert deployment["enforce_parameter_schema"]
+        assert deployment["work_pool_name"] == "prefsieve"
+        assert deployment["description"]
+        assert "prefsieve" in deployment["tags"]
+        assert deployment["global_concurrency_limit"]["limit"] == 1
+        assert f"{flow}/{flow}" in deployed
+    assert "prefect worker start --pool prefsieve" in deployed
+
+
+def test_curate_runs_every_night_and_the_server_plans_it(api: httpx.Client, deployed: str) -> None:
+    [schedule] = _deployment(api, "curate")["schedules"]
+    assert schedule["active"]
+    assert schedule["schedule"]["cron"] == "0 2 * * *"
+    deadline = time.monotonic() + 60
+    while not (runs := _runs(api, "SCHEDULED")) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert runs, "the scheduler planned no run"
+    assert all(run["expected_start_time"][11:16] == "02:00" for run in runs)
+
+
+def test_the_form_has_a_title_and_a_description_for_every_section(schema: dict[str, Any]) -> None:
+    assert set(schema["properties"]) >= {"ingest", "generate", "score", "pair", "subset", "publish", "store"}
+    for name, section in schema["properties"].items():
+        assert section["title"], name
+        assert section["description"], name
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ("IngestConfig", ["source", "format", "split", "limit", "max_chars", "shard_size"]),
+        ("GenerateConfig", ["samples", "generators"]),
+        ("GeneratorConfig", ["name", "engine", "model", "revision", "dtype", "workers", "cpus", "gpus"]),
+        ("SamplingConfig", ["temperature", "max_tokens"]),
+        ("ScoreConfig", ["scorers"]),
+        ("ScorerConfig", ["name", "type", "engine", "model", "function"]),
+        ("PairingConfig", ["name", "rule", "generators", "scorer", "reward_scale"]),
+        ("SubsetConfig", ["name", "pairs", "rank", "keep", "fraction", "count", "seed"]),
+        ("PublishConfig", ["rows_per_file", "license"]),
+    ],
+)
+def test_common_fields_are_filled_in_without_writing_json(
+    schema: dict[str, Any], model: str, fields: list[str]
+) -> None:
+    properties = schema["definitions"][model]["properties"]
+    for field in fields:
+        assert properties[field]["title"], f"{model}.{field}"
+        assert properties[field]["description"], f"{model}.{field}"
+        assert _has_widget(properties[field], schema), f"{model}.{field} would be a box for raw JSON"
+
+
+def test_an_untyped_field_would_be_noticed() -> None:
+    for field in ({"type": "object"}, {}, {"anyOf": [{"type": "string"}, {"type": "integer"}]}, {"type": "array"}):
+        assert not _has_widget(field, {"definitions": {}})
+
+
+def test_a_run_by_button_with_other_parameters_completes_and_shows_its_artifacts(
+    api: httpx.Client, deployed: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    parameters = _fake_parameters(tmp_path, store)
+    parameters["ingest"]["source"] = "prompts.jsonl"  # found in the folder in which the worker was started
+    with prefect_worker(_url(api), "prefsieve", tmp_path / "worker", cwd=tmp_path):
+        created = _start(api, parameters)
+        assert created.status_code == 201, created.text
+        run = _finished(api, created.json()["id"])
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+
+    artifacts = _artifacts(api, run["id"])
+    assert artifacts["generate-progress"]["type"] == "progress"
+    assert float(artifacts["generate-progress"]["data"]) == 100
+    assert artifacts["curate-counts"]["type"] == "table"
+    rows = {row["stage"]: row for row in json.loads(artifacts["curate-counts"]["data"])}
+    assert rows["ingest"]["in"] == 12
+    assert rows["publish half"]["out"] == 6
+    assert artifacts["curate-report"]["type"] == "markdown"
+    assert "half" in artifacts["curate-report"]["data"]
+
+    listed = prefsieve("subsets", "--store", store, "--json", env=environment())
+    assert [row["pairs"] for row in json.loads(listed.stdout)["subsets"]] == [6]
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "said"),
+    [
+        ("generate", {"samples": 0, "generators": [{"name": "one", "engine": "fake"}]}, "samples"),
+        ("subset", [{"name": "half", "keep": "middle", "fraction": 0.5}], "keep"),
+        ("ingest", {"source": "prompts.jsonl", "sauce": "x"}, "sauce"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_a_run_exists(
+    api: httpx.Client, deployed: str, tmp_path: Path, section: str, value: Any, said: str
+) -> None:
+    parameters = {**_fake_parameters(tmp_path, tmp_path / "store"), section: value}
+    refused = _start(api, parameters)
+    assert refused.status_code == 409
+    assert said in refused.json()["detail"]
+    assert "Validation failed" in refused.json()["detail"]
+
+
+def test_deploy_without_a_server_says_which_variable_to_set(tmp_path: Path) -> None:
+    done = prefsieve("deploy", env=environment(PREFECT_HOME=str(tmp_path)))
+    assert done.returncode == 2
+    assert "PREFECT_API_URL" in done.stderr
+
+
+def test_deploy_to_a_server_that_is_not_there_names_the_url(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/api"
+    done = prefsieve("deploy", env=environment(PREFECT_HOME=str(tmp_path), PREFECT_API_URL=url))
+    assert done.returncode == 2
+    assert url in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_deploy_refuses_a_missing_file_and_wrong_parameters(tmp_path: Path) -> None:
+    done = prefsieve("deploy", "--file", tmp_path / "none.yaml", env=environment())
+    assert done.returncode == 2
+    assert "none.yaml" in done.stderr
+    file = tmp_path / "prefect.yaml"
+    parameters = {"name": "policy", "subset": "half", "policy": {"model": "m"}, "train": {"beta": -1}}
+    entry = {"name": "mine", "entrypoint": "flows.train.train", "work_pool": {"name": "prefsieve"}}
+    file.write_text(json.dumps({"deployments": [{**entry, "parameters": parameters}]}))
+    done = prefsieve("deploy", "--file", file, env=environment())
+    assert done.returncode == 2
+    assert "train.beta" in done.stderr
+    assert "'mine'" in done.stderr
+
+
+# --- builders and readers
+
+
+def _fake_parameters(folder: Path, store: Path) -> dict[str, Any]:
+    source = folder / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(12)))
+    return {
+        "ingest": {"source": str(source), "shard_size": 4},
+        "generate": {"samples": 4, "generators": [{"name": "one", "engine": "fake"}]},
+        "score": {"scorers": [{"name": "reward", "engine": "fake"}]},
+        "pair": [{"name": "pairs", "rule": "best_vs_worst"}],
+        "subset": [{"name": "half", "rank": "pvar", "fraction": 0.5}],
+        "store": str(store),
+    }
+
+
+def _has_widget(field: dict[str, Any], schema: dict[str, Any]) -> bool:
+    """Does Prefect's form draw this field as inputs? Else it asks for JSON."""
+    if "allOf" in field:
+        return len(field["allOf"]) == 1 and _has_widget(field["allOf"][0], schema)
+    if "$ref" in field:
+        return _has_widget(schema["definitions"][field["$ref"].rsplit("/", 1)[-1]], schema)
+    if "anyOf" in field:
+        choices = [choice for choice in field["anyOf"] if choice.get("type") != "null"]
+        return len(choices) == 1 and _has_widget(choices[0], schema)
+    if field.get("type") == "array":
+        return "items" in field and _has_widget(field["items"], schema)
+    if field.get("type") == "object":
+        return bool(field.get("properties"))
+    return field.get("type") in {"string", "integer", "number", "boolean"}
+
+
+def _url(api: httpx.Client) -> str:
+    return str(api.base_url).rstrip("/")
+
+
+def _deployment(api: httpx.Client, flow: str) -> dict[str, Any]:
+    found = api.get(f"/deployments/name/{flow}/{flow}")
+    assert found.status_code == 200, found.text
+    return dict(found.json())
+
+
+def _start(api: httpx.Client, parameters: dict[str, Any]) -> httpx.Response:
+    """What the button in the UI does."""
+    deployment = _deployment(api, "curate")["id"]
+    return api.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
+
+
+def _finished(api: httpx.Client, run_id: str) -> dict[str, Any]:
+    deadline = time.monotonic() + RUN
+    while True:
+        run = api.get(f"/flow_runs/{run_id}").json()
+        if run["state"]["type"] in FINAL:
+            return dict(run)
+        assert time.monotonic() < deadline, f"the run is still {run['state']['name']}"
+        time.sleep(1)
+
+
+def _runs(api: httpx.Client, state: str) -> list[dict[str, Any]]:
+    wanted = {"flow_runs": {"state": {"type": {"any_": [state]}}}}
+    return list(api.post("/flow_runs/filter", json=wanted).json())
+
+
+def _artifacts(api: httpx.Client, run_id: str) -> dict[str, dict[str, Any]]:
+    wanted = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
+    return {artifact["key"]: artifact for artifact in api.post("/artifacts/filter", json=wanted).json()}

@@ -1,0 +1,305 @@
+"""The mathematics of selection against brute force and against what the definitions promise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.selection.pairing import KEPT, MISSING, SAME, TIE, TOO_FEW, best_vs_worst, generator_delta
+from tasks.selection.pvar import PooledScale, pvar
+from tasks.selection.ranking import hashes, order, size
+from tasks.selection.winrate import win_rate
+
+NAN = math.nan
+
+moderate = st.floats(-50, 50, allow_nan=False)
+# Sixty-fourths and whole constants add without rounding, so that equality below may be exact.
+exact = st.integers(-2000, 2000).map(lambda i: i / 64)
+
+
+def matrices(values: st.SearchStrategy[float], rows: int = 6, columns: int = 7) -> st.SearchStrategy[np.ndarray]:
+    """Rewards [prompts, samples]."""
+    return st.tuples(st.integers(1, rows), st.integers(1, columns)).flatmap(
+        lambda shape: st.lists(
+            st.lists(values, min_size=shape[1], max_size=shape[1]), min_size=shape[0], max_size=shape[0]
+        ).map(lambda cells: np.array(cells, dtype=np.float64))
+    )
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def pvar_by_definition(rewards: np.ndarray, scale: float) -> float:
+    """The variance of the preference over ordered pairs of different samples."""
+    finite = [r for r in rewards if math.isfinite(r)]
+    preferences = [sigmoid((a - b) / scale) for a, b in itertools.permutations(finite, 2)]
+    return float(np.var(preferences)) if preferences else NAN
+
+
+# --- pvar
+
+
+@given(matrices(st.one_of(moderate, st.just(NAN), st.just(math.inf))), st.floats(0.05, 20))
+def test_pvar_is_the_variance_of_preferences_over_ordered_pairs(rewards: np.ndarray, scale: float) -> None:
+    expected = [pvar_by_definition(row, scale) for row in rewards]
+    np.testing.assert_allclose(pvar(rewards, scale), expected, rtol=1e-10, atol=1e-14)
+
+
+@given(matrices(moderate), st.randoms(use_true_random=False))
+def test_pvar_does_not_depend_on_the_order_of_samples(rewards: np.ndarray, random: Random) -> None:
+    columns = list(range(rewards.shape[1]))
+    random.shuffle(columns)
+    np.testing.assert_allclose(pvar(rewards[:, columns]), pvar(rewards), rtol=1e-12, atol=1e-15)
+
+
+@given(matrices(exact), st.integers(-1000, 1000))
+def test_pvar_does_not_change_when_a_constant_is_added(rewards: np.ndarray, constant: int) -> None:
+    np.testing.assert_array_equal(pvar(rewards + constant), pvar(rewards))
+
+
+@given(matrices(st.floats(allow_nan=True, allow_infinity=True)), st.floats(1e-300, 1e300))
+def test_pvar_is_within_its_bounds_whatever_the_rewards(rewards: np.ndarray, scale: float) -> None:
+    values = pvar(rewards, scale)
+    defined = np.isfinite(rewards).sum(axis=1) >= 2
+    np.testing.assert_array_equal(np.isnan(values), ~defined)
+    assert ((values[defined] >= 0) & (values[defined] <= 0.25)).all()
+
+
+def test_pvar_is_undefined_and_not_zero_with_fewer_than_two_finite_rewards() -> None:
+    rewards = np.array([[NAN, NAN, NAN], [1.0, NAN, NAN], [1.0, math.inf, -math.inf], [1.0, 1.0, NAN]])
+    values = pvar(rewards)
+    assert np.isnan(values[:3]).all()
+    assert values[3] == 0
+    assert np.isnan(pvar(np.ones((2, 1)))).all()
+    assert pvar(np.empty((0, 4))).shape == (0,)
+
+
+def test_pvar_of_rewards_with_gaps_is_pvar_of_the_finite_ones() -> None:
+    full = np.array([[0.3, -1.2, 2.0]])
+    holes = np.array([[NAN, 0.3, math.inf, -1.2, NAN, 2.0]])
+    assert pvar(holes)[0] == pytest.approx(pvar(full)[0], abs=1e-16)
+
+
+def test_pvar_is_an_eighth_of_the_variance_for_small_gaps() -> None:
+    rewards = np.random.default_rng(0).normal(3.0, 0.01, (50, 8))
+    np.testing.assert_allclose(pvar(rewards), rewards.var(axis=1, ddof=1) / 8, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("gap", [1e3, 1e30, 8e307])
+def test_pvar_saturates_at_a_quarter_of_the_share_of_different_pairs(gap: float) -> None:
+    rewards = np.array([[0.0, gap, gap, -gap], [gap, gap, gap, gap], [0.0, gap, NAN, NAN]])
+    np.testing.assert_allclose(pvar(rewards), [5 / 6 / 4, 0, 1 / 4], rtol=1e-12)
+
+
+def test_pvar_at_a_scale_is_pvar_of_scaled_rewards() -> None:
+    rewards = np.random.default_rng(1).normal(0, 5, (20, 6))
+    np.testing.assert_allclose(pvar(rewards, 4.0), pvar(rewards / 4.0), rtol=1e-12)
+
+
+@given(matrices(st.one_of(moderate, st.just(NAN))), st.integers(1, 5))
+def test_the_pooled_scale_from_chunks_equals_one_pass(rewards: np.ndarray, chunk: int) -> None:
+    pooled = PooledScale()
+    for start in range(0, len(rewards), chunk):
+        pooled.add(rewards[start : start + chunk])
+    squares, freedom = 0.0, 0
+    for row in rewards:
+        finite = row[np.isfinite(row)]
+        if len(finite) >= 2:
+            squares += ((finite - finite.mean()) ** 2).sum()
+            freedom += len(finite) - 1
+    expected = math.sqrt(squares / freedom) if squares > 0 else 1.0
+    assert pooled.value == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_pooled_scale_is_one_where_nothing_varies() -> None:
+    pooled = PooledScale()
+    assert pooled.value == 1.0
+    pooled.add(np.ones((3, 4)))
+    assert pooled.value == 1.0
+
+
+# --- pairing
+
+
+def test_best_vs_worst_takes_the_highest_and_the_lowest_reward() -> None:
+    choice = best_vs_worst(np.array([[1.0, 3.0, NAN, -2.0]]), np.array([[1, 2, 3, 4]]))
+    assert (choice.chosen[0], choice.rejected[0], choice.reason[0]) == (1, 3, KEPT)
+
+
+def test_best_vs_worst_takes_the_first_of_equals() -> None:
+    choice = best_vs_worst(np.array([[0.0, 5.0, 5.0, 0.0]]), np.array([[1, 2, 3, 4]]))
+    assert (choice.chosen[0], choice.rejected[0]) == (1, 0)
+
+
+def test_ties_identical_texts_and_missing_rewards_are_drops_with_a_reason() -> None:
+    rewards = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, NAN], [NAN, NAN], [2.0, 2.0], [1.0, math.inf]])
+    texts = np.array([[1, 2], [7, 7], [1, 1], [1, 2], [3, 3], [1, 2]])
+    reasons = best_vs_worst(rewards, texts).reason.tolist()
+    assert reasons == [TIE, SAME, TOO_FEW, TOO_FEW, SAME, TOO_FEW]
+
+
+@given(matrices(st.one_of(st.integers(-2, 2).map(float), st.just(NAN)), rows=8, columns=5), st.integers(0, 2**31))
+def test_no_pair_is_ever_emitted_with_tied_rewards_or_equal_texts(rewards: np.ndarray, seed: int) -> None:
+    texts = np.random.default_rng(seed).integers(0, 3, rewards.shape)
+    choice = best_vs_worst(rewards, texts)
+    for row, reason in enumerate(choice.reason):
+        finite = rewards[row][np.isfinite(rewards[row])]
+        if reason != KEPT:
+            assert reason in (TOO_FEW, SAME, TIE)
+            continue
+        best, worst = rewards[row, choice.chosen[row]], rewards[row, choice.rejected[row]]
+        assert best == finite.max() > finite.min() == worst
+        assert texts[row, choice.chosen[row]] != texts[row, choice.rejected[row]]
+
+
+def test_generator_delta_takes_the_first_sample_of_each_and_needs_no_reward() -> None:
+    rewards = np.array([[NAN, NAN, NAN, NAN], [0.0, 9.0, 5.0, 9.0]])
+    texts = np.array([[1, 2, 3, 4], [1, 2, 3, 4]])
+    choice = generator_delta(rewards, texts, np.ones((2, 4), dtype=bool), stronger=2, weaker=0)
+    assert choice.chosen.tolist() == [2, 2]
+    assert choice.rejected.tolist() == [0, 0]
+    assert choice.reason.tolist() == [KEPT, KEPT]
+
+
+def test_generator_delta_drops_missing_samples_before_anything_else() -> None:
+    rewards = np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 2.0]])
+    texts = np.array([[0, 0], [1, 2], [3, 3], [3, 3]])
+    present = np.array([[True, False], [True, True], [True, True], [True, True]])
+    assert generator_delta(rewards, texts, present, 0, 1).reason.tolist() == [MISSING, TIE, SAME, SAME]
+
+
+# --- ranking
+
+
+def ids(number: int) -> list[str]:
+    return [f"prompt-{i}" for i in range(number)]
+
+
+def test_top_takes_large_values_first_and_bottom_small_ones() -> None:
+    values = np.array([0.2, NAN, 0.5, 0.1, 0.4])
+    assert order(values, ids(5), seed=0).tolist() == [2, 4, 0, 3]
+    assert order(values, ids(5), seed=0, keep="bottom").tolist() == [3, 0, 4, 2]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 5), st.sampled_from(["top", "bottom"]))
+def test_ties_are_broken_by_the_prompt_and_the_seed_not_by_the_position(
+    values: list[int], seed: int, keep: str
+) -> None:
+    names = ids(len(values))
+    straight = [names[i] for i in order(np.array(values, dtype=float), names, seed, keep)]
+    turned = [names[::-1][i] for i in order(np.array(values[::-1], dtype=float), names[::-1], seed, keep)]
+    assert straight == turned
+
+
+def test_another_seed_breaks_ties_in_another_way() -> None:
+    values = np.zeros(50)
+    assert order(values, ids(50), seed=1).tolist() != order(values, ids(50), seed=2).tolist()
+    assert sorted(order(values, ids(50), seed=1).tolist()) == list(range(50))
+
+
+def test_the_hash_of_a_prompt_is_the_same_on_every_machine() -> None:
+    assert hashes(["a", "b"], 7).tolist() == [9712727859826539874, 15746834663014945548]
+
+
+def test_random_order_is_stable_in_size_and_when_prompts_are_added() -> None:
+    def drawn(names: list[str], number: int) -> list[str]:
+        ranked = order(hashes(names, 3).astype(np.float64), names, 3)
+        return [names[i] for i in ranked[:number]]
+
+    small, large = drawn(ids(200), 20), drawn(ids(200), 50)
+    assert large[:20] == small
+    grown = drawn(ids(400), 400)
+    assert [name for name in grown if name in set(ids(200))] == drawn(ids(200), 200)
+
+
+def test_random_order_favours_no_position() -> None:
+    names = ids(1000)
+    taken = np.zeros(1000)
+    for seed in range(200):
+        taken[order(hashes(names, seed).astype(np.float64), names, seed)[:250]] += 1
+    halves = taken[:500].sum(), taken[500:].sum()
+    assert abs(halves[0] - halves[1]) / 50_000 < 0.02
+    assert 20 < taken.min() and taken.max() < 85  # binomial(200, 1/4): mean 50, deviation 6
+
+
+@pytest.mark.parametrize(
+    ("available", "fraction", "count", "expected"),
+    [
+        (100, 0.25, None, 25),
+        (10, 0.26, None, 3),
+        (10, 0.24, None, 2),
+        (3, 0.01, None, 1),
+        (0, 0.5, None, 0),
+        (7, 1.0, None, 7),
+        (5, None, 9, 5),
+        (5, None, 2, 2),
+    ],
+)
+def test_the_size_of_a_subset_is_rounded_at_least_one_and_at_most_all(
+    available: int, fraction: float | None, count: int | None, expected: int
+) -> None:
+    assert size(available, fraction, count) == expected
+
+
+# --- win rate
+
+
+def win_rate_by_hand(policy: np.ndarray, reference: np.ndarray) -> tuple[float, float, int]:
+    """Rate, clustered standard error, prompts; with loops over every meeting."""
+    rates = []
+    for ours, theirs in zip(policy, reference, strict=True):
+        points = [
+            1.0 if a > b else 0.5 if a == b else 0.0
+            for a, b in itertools.product(ours, theirs)
+            if math.isfinite(a) and math.isfinite(b)
+        ]
+        if points:
+            rates.append(sum(points) / len(points))
+    if not rates:
+        return NAN, NAN, 0
+    mean = sum(rates) / len(rates)
+    if len(rates) == 1:
+        return mean, NAN, 1
+    spread = sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1)
+    return mean, math.sqrt(spread / len(rates)), len(rates)
+
+
+@given(matrices(st.one_of(st.integers(-2, 2).map(float), st.just(NAN)), columns=4), st.integers(0, 2**31))
+def test_the_win_rate_is_the_mean_over_prompts_of_all_meetings(policy: np.ndarray, seed: int) -> None:
+    reference = np.random.default_rng(seed).integers(-2, 3, (len(policy), 3)).astype(float)
+    result = win_rate(policy, reference)
+    expected = win_rate_by_hand(policy, reference)
+    np.testing.assert_allclose([result.rate, result.error, result.prompts], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_ties_count_one_half_and_both_sides_add_up_to_one() -> None:
+    rewards = np.random.default_rng(2).integers(0, 3, (40, 4)).astype(float)
+    other = np.random.default_rng(3).integers(0, 3, (40, 5)).astype(float)
+    assert win_rate(rewards, rewards.copy()).rate == pytest.approx(0.5)
+    assert win_rate(rewards, other).rate + win_rate(other, rewards).rate == pytest.approx(1.0)
+    assert win_rate(np.ones((3, 2)), np.ones((3, 4))).rate == 0.5
+
+
+def test_more_samples_of_the_same_prompts_do_not_shrink_the_standard_error() -> None:
+    policy = np.random.default_rng(4).normal(size=(30, 1))
+    reference = np.random.default_rng(5).normal(size=(30, 1))
+    once = win_rate(policy, reference)
+    often = win_rate(np.repeat(policy, 10, axis=1), np.repeat(reference, 10, axis=1))
+    assert often.error == pytest.approx(once.error)
+
+
+def test_prompts_without_rewards_on_both_sides_are_left_out() -> None:
+    policy, reference = np.array([[1.0], [NAN], [2.0]]), np.array([[0.0], [0.0], [NAN]])
+    assert win_rate(policy, reference).prompts == 1
+    nothing = win_rate(np.full((2, 2), NAN), np.ones((2, 2)))
+    assert nothing.prompts == 0
+    assert math.isnan(nothing.rate)
+    assert math.isnan(nothing.error)
