@@ -1,13 +1,15 @@
 """deploy: the work pool and the deployments of one file, registered on the configured Prefect server.
 
-The file is a `prefect.yaml`, so `prefect deploy` reads it too. Here the work pool is made when it is missing, all is
-checked before the server is touched, and doing it again changes nothing. Flows are registered by module
-(`flows.curate.curate`) and no folder is recorded: a worker runs the code that is installed beside it.
+The file is a `prefect.yaml`. `prefect deploy` 3.7.7 would record the deployer's folder, or stop at a module entrypoint
+that has no pull step; here flows are registered by module (`flows.curate.curate`) and nothing else, so a worker runs the
+code that is installed beside it. The work pool is made when it is missing, all is checked before the server is touched,
+and doing it again changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Coroutine, Iterator
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -136,13 +138,14 @@ def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
         )
     try:
         with get_client(sync_client=True) as client:
-            if error := client.api_healthcheck():
-                raise error
+            client.api_version()  # unlike /health, not answered by Prefect's UI, nor without a password
             yield client, url
     except httpx.TransportError as error:
         raise ConfigError(
             f"PREFECT_API_URL: no Prefect server answers at {url} ({error}); start it, or correct the URL"
         ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"PREFECT_API_URL: {url} is not a Prefect API; the URL ends in /api") from error
     except PrefectHTTPStatusError as error:
         status = error.response.status_code
         advice = "check PREFECT_API_AUTH_STRING or PREFECT_API_KEY" if status in (401, 403) else "the URL ends in /api"

@@ -31,6 +31,7 @@ def connect(address: str = "local") -> Any:
     `local` starts Ray on this machine; `auto`, or HOST:PORT, joins a cluster. A process that has Ray keeps it.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data makes the core log an error per pool
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 

@@ -5,14 +5,13 @@ Runs that many tests look at are made once a session; a test that changes one wo
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,7 @@ import pytest  # noqa: E402
 from tasks.config import CurateConfig  # noqa: E402
 from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version  # noqa: E402
 from tasks.store import Store  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
+from tests.services import ROOT, prefect_server  # noqa: E402
 
 hypothesis.settings.register_profile("fast", deadline=None, max_examples=60, database=None, derandomize=True)
 hypothesis.settings.load_profile("fast")
@@ -125,8 +123,7 @@ def curate_stages(config: CurateConfig, store: Store) -> Curated:
     tables = {table.name: table for table in pairs}
     selections = [subset(wanted, tables[wanted.pairs or pairs[0].name], store) for wanted in config.subset]
     versions = [
-        publish(config.publish, wanted, taken, store)
-        for wanted, taken in zip(config.subset, selections, strict=True)
+        publish(config.publish, wanted, taken, store) for wanted, taken in zip(config.subset, selections, strict=True)
     ]
     return Curated(config, store, prompt_set, completions, rewards, pairs, selections, versions)
 
@@ -146,19 +143,6 @@ def copy_store(store: Store, target: Path) -> Store:
     """A store with the same files, free to be changed."""
     shutil.copytree(store.url, target, copy_function=shutil.copy2)
     return Store(target)
-
-
-def command(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 150) -> Any:
-    """`prefsieve` in a process of its own; standard output and standard error are kept apart."""
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
-        env={**os.environ, **(env or {})},
-        cwd=cwd,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def python(code: str, *arguments: str | Path, timeout: float = 120) -> Any:
@@ -280,25 +264,7 @@ def tiny_models(session_folder: Path) -> TinyModels:
 
 
 @pytest.fixture(scope="session")
-def prefect_api() -> Iterator[str]:
-    """Prefect's own server on a database of its own, for flows in this process and for commands."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        url = PREFECT_API_URL.value()
-        assert url
+def prefect_api(session_folder: Path) -> Iterator[str]:
+    """One Prefect server for all commands that run flows: each would start its own otherwise."""
+    with prefect_server(session_folder / "prefect") as url:
         yield url
-
-
-@pytest.fixture
-def change(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], contextlib.AbstractContextManager[None]]:
-    """Run a block in another folder."""
-
-    @contextlib.contextmanager
-    def inside(folder: Path) -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            patch.chdir(folder)
-            yield
-
-    return inside

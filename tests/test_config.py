@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, curate_values, generator, scorer
+from tests.conftest import curate_values, generator, scorer
+from tests.services import ROOT
 from pydantic import ValidationError
 
 from flows.cli import FLOWS, describe_errors, load_values, parse

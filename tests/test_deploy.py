@@ -162,6 +162,13 @@ def test_deploy_to_a_server_that_is_not_there_names_the_url(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+def test_deploy_to_the_servers_ui_instead_of_its_api_says_how_the_url_ends(api: httpx.Client, tmp_path: Path) -> None:
+    env = environment(PREFECT_HOME=str(tmp_path), PREFECT_API_URL=_url(api).removesuffix("/api"))
+    done = prefsieve("deploy", env=env)
+    assert done.returncode == 2
+    assert "ends in /api" in done.stderr
+
+
 def test_deploy_refuses_a_missing_file_and_wrong_parameters(tmp_path: Path) -> None:
     done = prefsieve("deploy", "--file", tmp_path / "none.yaml", env=environment())
     assert done.returncode == 2

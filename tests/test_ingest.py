@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import files_below, prompts, python, write_jsonl
+from tests.conftest import files_below, prompts, python, write_jsonl
 
 from tasks.config import IngestConfig
 from tasks.errors import ConfigError, RunError

@@ -4,9 +4,11 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+import yaml
 
 from examples.tinyworld.build import build
 from flows.demo import WORLD
@@ -75,23 +77,45 @@ def test_a_wrong_key_is_said_clearly(s3: SeaweedFS) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_curate_train_evaluate_and_verify_on_s3(s3: SeaweedFS) -> None:
-    build(ROOT / WORLD)
+def test_curate_train_evaluate_and_verify_on_s3(s3: SeaweedFS, tmp_path: Path) -> None:
+    world = build(ROOT / WORLD)
     url = f"s3://{s3.bucket}/whole"
-    few = ["--set", "ingest.limit=192", "--set", "ingest.shard_size=64", "--set", "generate.samples=4"]
-    curated = run("curate", "configs/tinyworld/curate.yaml", "--store", url, *few, s3=s3)
-    assert [subset["name"] for subset in curated["subsets"]] == ["pvar-top", "pvar-random", "pvar-bottom", "delta"]
-    trained = run("train", "configs/tinyworld/train.yaml", "--store", url, "--set", "train.max_steps=6", s3=s3)
+    model = {"model": str(world / "policy"), "batch_size": 512, "sampling": {"temperature": 1.0, "max_tokens": 16}}
+    columns = {"prompt": "prompt", "source": "source", "keep": ["answer", "difficulty"]}
+    verifier = {"name": "verifier", "type": "function", "function": "examples/tinyworld/verifier.py:score"}
+    curate = {
+        "ingest": {"source": str(world / "prompts.jsonl"), "columns": columns, "limit": 192, "shard_size": 64},
+        "generate": {"samples": 4, "generators": [{"name": "policy", **model}]},
+        "score": {"scorers": [verifier]},
+        "subset": [{"name": "top", "fraction": 0.5}, {"name": "bottom", "keep": "bottom", "fraction": 0.5}],
+    }
+    train = {"name": "tuned", "subset": "top", "policy": {"model": model["model"]}, "train": {"max_steps": 6}}
+    evaluate = {
+        "ingest": {"source": str(world / "heldout.jsonl"), "columns": columns, "limit": 64},
+        "generate": {
+            "samples": 2,
+            "generators": [
+                {"name": "policy", **model, "model": "policy:tuned"},
+                {"name": "reference", **model},
+            ],
+        },
+        "score": {"scorers": [verifier]},
+    }
+    curated = run("curate", curate, url, s3, tmp_path)
+    assert [subset["name"] for subset in curated["subsets"]] == ["top", "bottom"]
+    trained = run("train", train, url, s3, tmp_path)
     assert trained["steps"] == 6 and abs(trained["first"]["loss"] - 0.6931) < 1e-3
-    compared = run("evaluate", "configs/tinyworld/evaluate.yaml", "--store", url, "--set", "ingest.limit=64", s3=s3)
+    compared = run("evaluate", evaluate, url, s3, tmp_path)
     assert compared["prompts"] == 64 and 0 <= compared["scorers"]["verifier"]["win_rate"] <= 1
-    assert prefsieve("verify", "pvar-top", "--store", url, env=environment(**s3.environment())).returncode == 0
-    again = run("curate", "configs/tinyworld/curate.yaml", "--store", url, *few, s3=s3)
+    assert prefsieve("verify", "top", "--store", url, env=environment(**s3.environment())).returncode == 0
+    again = run("curate", curate, url, s3, tmp_path)
     assert again["subsets"] == curated["subsets"]
     assert sum(stage["engine_starts"] + stage["requests"] for stage in again["stages"]) == 0
 
 
-def run(*arguments: str, s3: SeaweedFS) -> dict:
-    done = prefsieve(*arguments, "--json", env=environment(**s3.environment()), timeout=500)
+def run(flow: str, values: dict[str, Any], store: str, s3: SeaweedFS, folder: Path) -> dict[str, Any]:
+    config = folder / f"{flow}.yaml"
+    config.write_text(yaml.safe_dump(values))
+    done = prefsieve(flow, config, "--store", store, "--json", env=environment(**s3.environment()), timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)

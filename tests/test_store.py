@@ -167,7 +167,9 @@ def test_check_says_that_a_local_store_is_safe_to_share(store: Store) -> None:
 def test_a_store_whose_place_is_taken_by_a_file_is_refused_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("I am a file")
     for url in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(RunError, match="cannot be used.*Check that the folder can be created and written") as caught:
+        with pytest.raises(
+            RunError, match="cannot be used.*Check that the folder can be created and written"
+        ) as caught:
             Store(url).check()
         assert str(url) in str(caught.value)
 

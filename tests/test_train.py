@@ -1,0 +1,139 @@
+"""Training by TRL in a Ray actor, on a published subset of fake completions and with a tiny random model."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.config import TrainConfig
+from tasks.errors import ConfigError, RunError
+from tasks.models import fetch_policy
+from tasks.store import Store
+from tasks.train import train
+from tasks.versions import damage, find_version, read_manifest
+from tests.conftest import Curated, TinyModels, copy_store
+
+STEPS = 6
+SETTINGS = {
+    "max_steps": STEPS,
+    "save_steps": 2,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "max_length": 256,
+    "learning_rate": 1e-3,
+}
+
+
+def train_config(models: TinyModels, store: Store, **changes: Any) -> TrainConfig:
+    values = {"name": "tuned", "subset": "delta", "policy": {"model": str(models.generator)}, "train": SETTINGS}
+    return TrainConfig.model_validate({**values, "store": store.url, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(fake_run: Curated, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    store = copy_store(fake_run.store, tmp_path_factory.mktemp("train") / "store")
+    config = train_config(tiny_models, store)
+    return config, store, train(config, store)
+
+
+def metrics(store: Store, place: str) -> list[dict[str, float]]:
+    lines = store.read(f"{place}/metrics.jsonl").splitlines()
+    return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def test_the_first_step_has_loss_ln_2_and_every_step_is_in_the_metrics(trained: Any) -> None:
+    _, store, version = trained
+    steps = metrics(store, version.place)
+    assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1))
+    assert math.isclose(steps[0]["loss"], math.log(2), abs_tol=1e-4)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_a_policy_names_its_data_and_model_and_can_be_verified_and_loaded(trained: Any, fake_run: Curated) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config, store, version = trained
+    parents = read_manifest(store, version)["content"]["parents"]
+    assert parents["subset"] == str(find_version(store, "delta")) == str(fake_run.versions[-1])
+    assert damage(store, version) == []
+    AutoModelForCausalLM.from_pretrained(fetch_policy(store, str(version)))
+    files = store.list(f"policies/{config.name}")
+    assert not [file for file in files if file.endswith((".bin", ".pkl", ".pickle"))]
+
+
+def test_training_again_does_no_work(trained: Any) -> None:
+    config, store, version = trained
+    before = store.list("policies")
+    again = train(config, store)
+    assert str(again) == str(version) and again.work.seconds == 0
+    assert store.list("policies") == before
+
+
+def test_a_job_that_lost_its_end_goes_on_from_the_last_checkpoint_to_the_same_weights(
+    trained: Any, tmp_path: Path
+) -> None:
+    config, store, version = trained
+    cut = copy_store(store, tmp_path / "store")
+    tuned = Path(cut.url) / "policies" / config.name
+    for lost in (version.version, "builds"):
+        shutil.rmtree(tuned / lost)
+    (checkpoints,) = (tuned / "checkpoints").iterdir()
+    assert sorted(folder.name for folder in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    shutil.rmtree(checkpoints / "checkpoint-6")
+    resumed = train(config.model_copy(update={"store": cut.url}), cut)
+    weights = [
+        next(file["sha256"] for file in read_manifest(s, v)["content"]["files"] if file["path"].endswith("safetensors"))
+        for s, v in ((store, version), (cut, resumed))
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_used(trained: Any, tmp_path: Path) -> None:
+    from tasks.train import TrainWorker
+
+    config, store, _ = trained
+    cut = copy_store(store, tmp_path / "store")
+    (checkpoints,) = (Path(cut.url) / "policies" / config.name / "checkpoints").iterdir()
+    (checkpoints / "checkpoint-6" / "complete.json").unlink()
+    worker = TrainWorker(config, "delta", checkpoints.name, cut.url)
+    assert worker._last_checkpoint(tmp_path / "room").name == "checkpoint-4"
+
+
+def test_pairs_that_do_not_fit_are_dropped_and_counted(trained: Any, tiny_models: TinyModels, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tasks.trainers.dpo import _load_pairs
+    from tasks.versions import fetch_version
+
+    _, store, _ = trained
+    data = fetch_version(store, find_version(store, "delta"), "data/", tmp_path / "data")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.generator)
+    pairs, counts = _load_pairs(data, tokenizer, 100, tmp_path / "cache")
+    assert 0 < counts.out == len(pairs) < counts.into == 12
+    assert counts.dropped == {"longer than max_length": counts.into - counts.out}
+    with pytest.raises(RunError, match="longer than max_length 3; raise it"):
+        _load_pairs(data, tokenizer, 3, tmp_path / "cache")
+
+
+def test_a_path_or_an_unknown_subset_is_refused(tiny_models: TinyModels, trained: Any) -> None:
+    _, store, _ = trained
+    with pytest.raises(ValueError, match="subset"):
+        train_config(tiny_models, store, subset="./data/pairs.parquet")
+    with pytest.raises(ConfigError, match="no subset 'nothing'"):
+        train(train_config(tiny_models, store, subset="nothing"), store)
+
+
+def test_a_damaged_subset_is_not_trained_on(trained: Any, tiny_models: TinyModels, tmp_path: Path) -> None:
+    _, store, _ = trained
+    cut = copy_store(store, tmp_path / "store")
+    version = find_version(cut, "top")
+    file = next(Path(cut.url, version.place, "data").iterdir())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="damaged"):
+        train(train_config(tiny_models, cut, subset="top"), cut)
