@@ -1,4 +1,4 @@
-"""demo: the whole way on TinyWorld. Builds the small world, curates, trains on two subsets, and evaluates both."""
+"""demo: the whole way on TinyWorld. Builds the small world, curates, trains on subsets, and evaluates the policies."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import yaml
 from tasks.errors import ConfigError
 
 WORLD = Path(".prefsieve/tinyworld")
-SUBSETS = ("pvar-top", "pvar-bottom")
+SUBSETS = ("pvar-top", "pvar-random", "pvar-bottom")
 
 
 def run_demo() -> dict[str, Any]:
-    """curate once; then train and evaluate a policy for each of two opposite subsets."""
+    """curate once; then train and evaluate a policy per on-policy subset, the random control among them."""
     started = time.monotonic()
     with _in_clone():
         importlib.import_module("examples.tinyworld.build").build(WORLD)

@@ -1,7 +1,7 @@
 """deploy: the work pool and the deployments of one file, registered on the configured Prefect server.
 
 The file is a `prefect.yaml`. `prefect deploy` 3.7.7 would record the deployer's folder, or stop at a module entrypoint
-that has no pull step; here flows are registered by module (`flows.curate.curate`) and nothing else, so a worker runs the
+without a pull step; here flows are registered by module (`flows.curate.curate`) and nothing else, so a worker runs the
 code that is installed beside it. The work pool is made when it is missing, all is checked before the server is touched,
 and doing it again changes nothing.
 """

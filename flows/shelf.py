@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.card import describe
+from tasks.records import Counts, Version
 from tasks.store import Store
-from tasks.versions import damage, find_version, list_versions, read_manifest
+from tasks.versions import damage, find_version, list_versions, locate, read_manifest
 
 
 def list_subsets(store: Store) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def show_subset(store: Store, wanted: str, examples: int = 3) -> dict[str, Any]:
 
 def verify_subset(store: Store, wanted: str) -> dict[str, Any]:
     """Recompute every digest of a subset's files and of its manifest."""
-    version = find_version(store, wanted)
+    version = Version(*locate(store, wanted), Counts(0, 0))
     problems = damage(store, version)
     files = 0 if problems else len(read_manifest(store, version)["content"]["files"])
     return {"name": version.name, "version": version.version, "files": files, "problems": problems}

@@ -38,7 +38,9 @@ from tasks.store import Store
 
 def _is_network_fault(task: Any, run: Any, state: Any) -> bool:
     error = state.result(raise_on_failure=False)
-    return isinstance(error, ConnectionError | TimeoutError | OSError)
+    if type(error).__module__.split(".")[0] in ("botocore", "aiohttp"):  # not OSErrors, and not imported for this
+        return True
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError | PermissionError)
 
 
 _STAGE: dict[str, Any] = {

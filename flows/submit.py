@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tasks.config import RunConfig, is_local_path
+from tasks.config import DEFAULT_STORE, is_local_path
 from tasks.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -49,10 +50,11 @@ def submit_flow(flow: str, values: dict[str, Any], address: str) -> dict[str, An
     RunError with the end of the job's log when the job fails.
     """
     text = yaml.safe_dump(absolute({**values, "ray_address": "auto"}), allow_unicode=True)
-    name = f"prefsieve-{flow}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    command = entrypoint(flow)
+    name = f"prefsieve-{flow}-{hashlib.sha256(f'{command} {text}'.encode()).hexdigest()[:16]}"
     client = _connect(address)
     with _explained(address):
-        job = _running_job(client, name) or _start(client, flow, text, name)
+        job = _running_job(client, name) or _start(client, command, text, name)
     print(f"job {job} at {address}", file=sys.stderr)
     try:
         return _result(client, _followed(client, job, address))
@@ -68,7 +70,8 @@ def submit_flow(flow: str, values: dict[str, Any], address: str) -> dict[str, An
 def absolute(values: dict[str, Any]) -> dict[str, Any]:
     """The configuration with every local path made absolute: a job has another working folder."""
     values = copy.deepcopy(values)
-    values["store"] = _absolute(RunConfig(store=values.get("store", "")).store_url, always=True)
+    if store := values.get("store") or os.environ.get("PREFSIEVE_STORE"):
+        values["store"] = _absolute(store, always=True)
     if "source" in values.get("ingest", {}):
         values["ingest"]["source"] = _absolute(values["ingest"]["source"])
     for model in [
@@ -82,6 +85,20 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
         if file.endswith(".py"):
             model["function"] = _absolute(file, always=True) + colon + function
     return values
+
+
+def entrypoint(flow: str) -> str:
+    """The job's shell command.
+
+    Where neither the configuration nor the submitter names a store, the cluster's PREFSIEVE_STORE is taken, and without
+    one the default folder below the submitter's, never one below the job's working folder, which is thrown away.
+    """
+    default = shlex.quote(str(Path(DEFAULT_STORE).absolute()))
+    # The report goes through a file: on the way to the job's log it could be cut by a line of another thread.
+    return (
+        f'[ -n "$PREFSIEVE_STORE" ] || export PREFSIEVE_STORE={default}; '
+        f"python -m flows.cli {flow} config.yaml --json > report.json && cat report.json"
+    )
 
 
 def _absolute(name: str, always: bool = False) -> str:
@@ -153,7 +170,7 @@ def _running_job(client: JobSubmissionClient, name: str) -> str | None:
     return None
 
 
-def _start(client: JobSubmissionClient, flow: str, text: str, name: str) -> str:
+def _start(client: JobSubmissionClient, command: str, text: str, name: str) -> str:
     """Submit the next attempt; when somebody else was faster, theirs is the job."""
     last = max(_attempts(client, name), default=0)
     job = name if last == 0 else f"{name}-{last + 1}"
@@ -161,8 +178,6 @@ def _start(client: JobSubmissionClient, flow: str, text: str, name: str) -> str:
         Path(folder, "config.yaml").write_text(text, encoding="utf-8")
         runtime_env = {"working_dir": folder, "excludes": ["__pycache__/"], **_code()}
         try:
-            # The report goes through a file: on the way to the job's log it could be cut by a line of another thread.
-            command = f"python -m flows.cli {flow} config.yaml --json > report.json && cat report.json"
             client.submit_job(entrypoint=command, submission_id=job, runtime_env=runtime_env)
         except RuntimeError:
             if running := _running_job(client, name):

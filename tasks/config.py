@@ -65,7 +65,7 @@ class ModelConfig(Section):
 
 class SamplingConfig(Section):
     temperature: float = Field(1.0, ge=0, le=10, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens of this total probability.")
     top_k: int = Field(0, ge=0, description="0 keeps all tokens.")
     max_tokens: int = Field(512, ge=1, description="Longest completion in tokens.")
 
@@ -74,8 +74,8 @@ class GeneratorConfig(ModelConfig):
     name: Name = Field(description="Your name for it, used by pairings and reports.")
     engine: Literal["transformers", "vllm", "fake"] = Field("transformers", description="fake is for dry runs.")
     system_prompt: str = Field("", description="Put before every prompt.")
-    sampling: SamplingConfig = SamplingConfig()
-    seed: int = Field(0, ge=0, lt=2**31)
+    sampling: SamplingConfig = Field(SamplingConfig(), description="How tokens are drawn.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Another seed gives other samples.")
 
     @model_validator(mode="after")
     def _has_model(self) -> GeneratorConfig:
@@ -207,8 +207,8 @@ class TrainingConfig(Section):
 
     objective: Literal["dpo"] = Field("dpo", description="Training objective.")
     beta: float = Field(0.1, gt=0, description="DPO's beta, on summed log-probabilities (0.01-0.5).")
-    learning_rate: float = Field(1e-6, gt=0)
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    learning_rate: float = Field(1e-6, gt=0, description="Peak; falls along a cosine.")
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="Share of the steps in which it rises to the peak.")
     epochs: float = Field(1.0, gt=0, description="Passes over the subset, unless max_steps is set.")
     max_steps: int = Field(0, ge=0, description="Optimiser steps; 0 goes by epochs.")
     batch_size: int = Field(32, ge=1, description="Pairs per optimiser step.")
@@ -216,7 +216,7 @@ class TrainingConfig(Section):
     max_length: int = Field(1024, ge=2, description="Longest prompt + response in tokens; longer pairs are dropped.")
     gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
     save_steps: int = Field(0, ge=0, description="Checkpoint interval in steps; 0 saves ten times in a run.")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="Order of the pairs.")
 
     @model_validator(mode="after")
     def _micro_batches(self) -> TrainingConfig:

@@ -43,7 +43,7 @@ def pair(config: PairingConfig, rewards: Rewards, store: Store, report: Report =
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
             "generators": [[name, completions.generators[name]] for name in generators],
-            "scorer": rewards.scorers[scorer],
+            "scorer": [scorer, rewards.scorers[scorer]],
             "rule": config.rule,
             "reward_scale": config.reward_scale,
         }
@@ -139,6 +139,7 @@ def _write(
 ) -> dict[str, Any]:
     """Both tables into a local folder; the counts and the generators' mean rewards."""
     into, out, dropped = 0, 0, Counter[str]()
+    answered = samples = rated = 0
     sums, numbers = np.zeros(len(columns.generators)), np.zeros(len(columns.generators))
     with (
         pq.ParquetWriter(folder / "pairs.parquet", PAIRS, compression="zstd") as pairs,
@@ -164,6 +165,9 @@ def _write(
             )
             into, out = into + shard["rows"], out + len(kept)
             dropped.update(choice.reason[lost].tolist())
+            answered += int(arrays.present[:, :: columns.samples].sum())
+            samples += int(arrays.present.sum())
+            rated += int(np.isfinite(arrays.rewards).sum())
             by_generator = arrays.rewards.reshape(len(arrays.rewards), len(columns.generators), -1)
             sums += np.nansum(by_generator, axis=(0, 2))
             numbers += np.isfinite(by_generator).sum(axis=(0, 2))
@@ -172,7 +176,20 @@ def _write(
         name: round(float(total / n), 6) if n else None
         for name, total, n in zip(columns.generators, sums, numbers, strict=True)
     }
-    return {"counts": {"into": into, "out": out, "dropped": dict(sorted(dropped.items()))}, "mean_reward": means}
+    asked = into * len(columns.generators)
+    return {
+        "counts": {"into": into, "out": out, "dropped": dict(sorted(dropped.items()))},
+        # Of the generators and the scorer that took part, unlike the run's own counts.
+        "took_part": [
+            _step("generate", asked, answered, "refused"),
+            _step("score", samples, rated, "no reward"),
+        ],
+        "mean_reward": means,
+    }
+
+
+def _step(stage: str, into: int, out: int, why: str) -> dict[str, Any]:
+    return {"stage": stage, "into": into, "out": out, "dropped": {why: into - out} if into > out else {}}
 
 
 def _choose(config: PairingConfig, columns: Columns, arrays: ShardColumns) -> Choice:

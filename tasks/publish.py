@@ -35,15 +35,8 @@ def publish(
 ) -> Version:
     """Publish a selection; a selection that was published before is found again."""
     started = time.monotonic()
-    inputs = digest(
-        {
-            "schema": SCHEMA_VERSION,
-            "stage": "publish",
-            "pairs": selection.pairs.digest,
-            "selection": selection.digest,
-            **config.model_dump(),
-        }
-    )
+    lineage = _lineage(subset, selection, store)
+    inputs = digest({"schema": SCHEMA_VERSION, "stage": "publish", "lineage": lineage, **config.model_dump()})
     known = find_build(store, "subsets", selection.name, inputs)
     if known:
         Meter(report, "publish", known.counts.into, "rows", reused=known.counts.into)
@@ -52,36 +45,37 @@ def publish(
     with tempfile.TemporaryDirectory() as folder:
         room, target = Path(folder) / "room", Path(folder) / "version"
         summary = _write_rows(config, selection, store, room, target / "data", meter)
-        content = {"name": selection.name, **_content(subset, selection, store, summary)}
+        counts = {"into": selection.counts.out, "out": summary["rows"], "dropped": {}}
+        content = {"name": selection.name, "counts": counts, "summary": summary, **lineage}
         (target / "README.md").write_text(dataset_card(config, content), encoding="utf-8")
         version = publish_folder(store, "subsets", selection.name, target, content)
     remember_build(store, version, inputs)
     return Version(version.name, version.version, version.counts, Work(seconds=time.monotonic() - started))
 
 
-def _content(subset: SubsetConfig, selection: Selection, store: Store, summary: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest says of a subset, without anything that differs between two makings of it."""
+def _lineage(subset: SubsetConfig, selection: Selection, store: Store) -> dict[str, Any]:
+    """How a subset came about, without anything that differs between two makings of it or did not take part in it."""
     rewards = selection.pairs.rewards
     completions = rewards.completions
     pairs = store.read_json(f"pairs/{selection.pairs.digest}/manifest.json")
     return {
         "kind": "preference pairs",
-        "counts": {"into": selection.counts.out, "out": summary["rows"], "dropped": {}},
-        "summary": summary,
         "subset": subset.model_dump(exclude={"name", "pairs"}),
-        "pairing": {"name": selection.pairs.name, **{key: pairs[key] for key in pairs if key != "counts"}},
+        "pairing": {
+            "name": selection.pairs.name,
+            **{key: pairs[key] for key in ("rule", "generators", "scorer", "reward_scale", "mean_reward")},
+        },
         "funnel": [
             _step("ingest", completions.prompts.counts),
-            _step("generate", completions.counts),
-            _step("score", rewards.counts),
+            *pairs["took_part"],
             _step("pair", selection.pairs.counts),
             _step("subset", selection.counts),
         ],
         "parents": {
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
-            "generators": dict(completions.generators),
-            "scorers": dict(rewards.scorers),
+            "generators": {name: completions.generators[name] for name in pairs["generators"]},
+            "scorers": {pairs["scorer"]: rewards.scorers[pairs["scorer"]]},
             "pairs": selection.pairs.digest,
             "selection": selection.digest,
         },

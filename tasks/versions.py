@@ -9,6 +9,7 @@ them, and `builds/<inputs>.json` says which version a given set of inputs gave, 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, RunError
 from tasks.records import Counts, Version
 from tasks.store import Store, to_json
 
@@ -40,7 +41,7 @@ def publish_folder(store: Store, kind: str, name: str, folder: Path, content: di
         "software": {"python": platform.python_version(), **{package: installed(package) for package in _SOFTWARE}},
         "content": content,
     }
-    store.create_json(f"{version.place}/manifest.json", manifest)
+    store.create_json(f"{version.place}/manifest.json", {**manifest, "sha256": _seal(manifest)})
     return version
 
 
@@ -49,7 +50,10 @@ def find_build(store: Store, kind: str, name: str, inputs: str) -> Version | Non
     path = _build(kind, name, inputs)
     if not store.exists(path):
         return None
-    version = find_version(store, f"{name}@{store.read_json(path)['version']}", kind)
+    known = store.read_json(path)["version"]
+    if not store.exists(f"{kind}/{name}/{known}/manifest.json"):
+        return None  # somebody removed it
+    version = find_version(store, f"{name}@{known}", kind)
     _point_latest(store, version)
     return version
 
@@ -61,19 +65,23 @@ def remember_build(store: Store, version: Version, inputs: str) -> None:
 
 def find_version(store: Store, wanted: str, kind: str = "subsets") -> Version:
     """NAME or NAME@VERSION (its first 8 characters will do) to a version that exists; ConfigError otherwise."""
+    name, version = locate(store, wanted, kind)
+    content = _read(store, f"{kind}/{name}/{version}/manifest.json")["content"]
+    return Version(name, version, Counts(**content["counts"]), kind=kind)
+
+
+def locate(store: Store, wanted: str, kind: str = "subsets") -> tuple[str, str]:
+    """Name and version of a version that exists, whatever state its files are in; ConfigError otherwise."""
     name, _, version = wanted.partition("@")
+    version = version or _latest(store, kind, name)
     if not version:
-        pointer = f"{kind}/{name}/latest.json"
-        if not store.exists(pointer):
-            raise ConfigError(f"no {_one(kind)} {name!r} in {store.url}; there are: {_known(store, kind)}")
-        version = store.read_json(pointer)["version"]
+        raise ConfigError(f"no {_one(kind)} {name!r} in {store.url}; there are: {_known(store, kind)}")
     there = [found for _, found in _places(store, f"{kind}/{name}")]
     matches = [found for found in there if found.startswith(version)]
     if len(matches) != 1:
         problem = "is ambiguous" if matches else "does not exist"
         raise ConfigError(f"{_one(kind)} {name}@{version} {problem}; there are: {', '.join(there) or 'none'}")
-    content = store.read_json(f"{kind}/{name}/{matches[0]}/manifest.json")["content"]
-    return Version(name, matches[0], Counts(**content["counts"]), kind=kind)
+    return name, matches[0]
 
 
 def read_manifest(store: Store, version: Version) -> dict[str, Any]:
@@ -84,29 +92,34 @@ def list_versions(store: Store, kind: str = "subsets") -> list[dict[str, Any]]:
     """The manifest of each published version, with `latest`: whether it is the one its name points to."""
     manifests = []
     for name, version in _places(store, kind):
-        latest = store.read_json(f"{kind}/{name}/latest.json")["version"] == version
-        manifests.append({**store.read_json(f"{kind}/{name}/{version}/manifest.json"), "latest": latest})
+        manifest = _read(store, f"{kind}/{name}/{version}/manifest.json")
+        manifests.append({**manifest, "latest": _latest(store, kind, name) == version})
     return manifests
 
 
 def damage(store: Store, version: Version, below: str = "") -> list[str]:
     """Recompute every digest (of files below a folder); what is wrong, in words. Empty: all is as published."""
     try:
-        content = read_manifest(store, version)["content"]
-    except (ValueError, KeyError):
+        raw = store.read(f"{version.place}/manifest.json")
+        manifest = json.loads(raw)
+        sealed = {key: manifest[key] for key in manifest if key != "sha256"}
+        intact = to_json({**sealed, "sha256": _seal(sealed)}) == raw
+        content = manifest["content"]
+        named = content_version(content) == version.version == manifest["version"]
+    except (ValueError, KeyError, TypeError):
         return ["manifest.json: cannot be read"]
+    if not intact or not named:
+        return ["manifest.json: was changed: its digest or its content's name differs"]
+    listed = {file["path"]: file["sha256"] for file in content["files"] if file["path"].startswith(below)}
+    there = {path.removeprefix(f"{version.place}/") for path in store.list(version.place)}
     problems = []
-    if content_version(content) != version.version:
-        problems.append("manifest.json: its content does not give this version's name")
-    for file in content["files"]:
-        path = f"{version.place}/{file['path']}"
-        if not file["path"].startswith(below):
-            continue
-        if not store.exists(path):
-            problems.append(f"{file['path']}: missing")
-        elif store.sha256(path) != file["sha256"]:
-            problems.append(f"{file['path']}: sha256 differs from the manifest's")
-    return problems
+    for path, sha256 in listed.items():
+        if path not in there:
+            problems.append(f"{path}: missing")
+        elif store.sha256(f"{version.place}/{path}") != sha256:
+            problems.append(f"{path}: sha256 differs from the manifest's")
+    strange = sorted(path for path in there - {*listed, "manifest.json"} if path.startswith(below))
+    return problems + [f"{path}: not in the manifest" for path in strange]
 
 
 def fetch_version(store: Store, version: Version, below: str, target: Path) -> Path:
@@ -125,6 +138,31 @@ def content_version(content: dict[str, Any]) -> str:
     return hashlib.sha256(to_json(content)).hexdigest()[:16]
 
 
+def _seal(manifest: dict[str, Any]) -> str:
+    """Digest of a whole manifest, also of what does not count for the version's name."""
+    return hashlib.sha256(to_json(manifest)).hexdigest()
+
+
+def _read(store: Store, path: str) -> dict[str, Any]:
+    try:
+        manifest = store.read_json(path)
+        Counts(**manifest["content"]["counts"])
+    except (ValueError, KeyError, TypeError, RunError) as error:
+        raise RunError(f"{path} in {store.url} is damaged; remove that folder and run again") from error
+    return manifest
+
+
+def _latest(store: Store, kind: str, name: str) -> str:
+    """The version that a name points to; empty when there is none."""
+    pointer = f"{kind}/{name}/latest.json"
+    if not store.exists(pointer):
+        return ""
+    try:
+        return str(store.read_json(pointer)["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{pointer} in {store.url} is damaged; run again to write it anew") from error
+
+
 def _places(store: Store, below: str) -> Iterator[tuple[str, str]]:
     for path in store.list(below):
         parts = path.split("/")
@@ -133,9 +171,9 @@ def _places(store: Store, below: str) -> Iterator[tuple[str, str]]:
 
 
 def _point_latest(store: Store, version: Version) -> None:
-    pointer, value = f"{version.kind}/{version.name}/latest.json", {"version": version.version}
-    if not store.exists(pointer) or store.read_json(pointer) != value:
-        store.replace(pointer, to_json(value))
+    pointer, value = f"{version.kind}/{version.name}/latest.json", to_json({"version": version.version})
+    if not store.exists(pointer) or store.read(pointer) != value:
+        store.replace(pointer, value)
 
 
 def _build(kind: str, name: str, inputs: str) -> str:

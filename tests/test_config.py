@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import curate_values, generator, scorer
-from tests.services import ROOT
 from pydantic import ValidationError
 
 from flows.cli import FLOWS, describe_errors, load_values, parse
 from tasks.config import DEFAULT_STORE, CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.errors import ConfigError
+from tests.conftest import curate_values, generator, scorer
+from tests.services import ROOT
 
 PATH = Path("run.yaml")
 
@@ -219,7 +219,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
     for missing in (tmp_path / "absent.yaml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read.*check the path"):
+        with pytest.raises(ConfigError, match=r"cannot be read.*check the path"):
             load_values(missing, [], "")
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from tests.conftest import Curated, TinyModels, prompts, write_jsonl
 
 from tasks.config import GenerateConfig, GeneratorConfig, IngestConfig, SamplingConfig
 from tasks.engines import Answer, GenerationRequest, generator_engine
@@ -35,6 +34,7 @@ from tasks.ingest import ingest, read_shard, shards_of
 from tasks.models import generator_fingerprint
 from tasks.records import COMPLETIONS, text_digest
 from tasks.store import Store
+from tests.conftest import Curated, TinyModels, prompts, write_jsonl
 
 
 def request(text: str, seed: int = 5, first: int = 0, samples: int = 1) -> GenerationRequest:
@@ -364,7 +364,7 @@ def tiny_run(local_ray: Any, tiny_models: TinyModels, tmp_path_factory: pytest.T
 
 
 def test_a_stage_with_a_real_model_writes_what_its_engine_says(tiny_run: Any, tiny_models: TinyModels) -> None:
-    config, prompt_set, store, completions = tiny_run
+    _, prompt_set, store, completions = tiny_run
     assert completions.counts.into == 8
     assert completions.counts.out == 7
     assert completions.counts.dropped == {"refused: prompt too long": 1}
@@ -390,15 +390,13 @@ def test_a_stage_with_a_real_model_writes_what_its_engine_says(tiny_run: Any, ti
 def test_more_refused_prompts_than_allowed_stop_the_run(tiny_run: Any) -> None:
     config, prompt_set, store, _ = tiny_run
     strict = config.model_copy(update={"max_refused": 0.1})
-    with pytest.raises(
-        RunError, match=r"1 of 8 prompts were refused by 'tiny', more than max_refused 10%: .*prompt too long"
-    ):
+    with pytest.raises(RunError, match=r"1 of 8 prompts were refused by 'tiny', .* 10%: .*prompt too long"):
         generate(strict, prompt_set, store)
 
 
 def test_refusals_are_counted_for_each_generator_alone(tiny_run: Any, tiny_models: TinyModels) -> None:
     """One generator without refusals must not hide another's."""
-    config, prompt_set, store, completions = tiny_run
+    config, prompt_set, store, _ = tiny_run
     roomy = GeneratorConfig(name="roomy", engine="fake")
     fingerprint = generator_fingerprint(roomy, store)
     worker = GenerateWorker(roomy, fingerprint, store.url)
@@ -421,7 +419,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_reason(
     source = write_jsonl(tmp_path / "p.jsonl", prompts(3))
     prompt_set = ingest(IngestConfig(source=str(source)), store)
     broken = configure(tiny_models, model=str(tmp_path / "model"))
-    with pytest.raises(RunError, match="an engine did not start: .*Safetensor"):
+    with pytest.raises(RunError, match=r"an engine did not start: .*Safetensor"):
         generate(GenerateConfig(samples=2, generators=[broken]), prompt_set, store)
     assert existing_ranges(store, "completions") == {}
 

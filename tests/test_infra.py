@@ -59,6 +59,12 @@ def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
         assert deployment.work_pool.job_variables["working_dir"] == "."
 
 
+@pytest.mark.parametrize("flow", ["curate", "train", "evaluate"])
+def test_the_form_starts_with_the_small_worlds_configuration(flow: str) -> None:
+    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == flow]
+    assert deployed.parameters == load_values(ROOT / "configs" / "tinyworld" / f"{flow}.yaml", [], "")
+
+
 def test_the_deployments_file_is_one_that_prefect_takes_and_pulls_nothing() -> None:
     from prefect.cli.deploy._models import PrefectYamlModel
 

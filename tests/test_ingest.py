@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.conftest import files_below, prompts, python, write_jsonl
 
 from tasks.config import IngestConfig
 from tasks.errors import ConfigError, RunError
 from tasks.ingest import ingest, iter_prompts, shards_of
 from tasks.records import PROMPTS, PromptSet, digest
 from tasks.store import Store
+from tests.conftest import files_below, prompts, python, write_jsonl
 
 
 def take(source: Path | str, store: Store, **changes: Any) -> PromptSet:
@@ -359,7 +360,7 @@ def test_a_grown_file_keeps_every_old_shard_also_the_partial_last_one(tmp_path: 
     sets = [take(write_jsonl(source, prompts(number)), store, shard_size=16) for number in (32, 40, 41, 80)]
     shards = [shard_digests(store, found) for found in sets]
     assert [len(names) for names in shards] == [2, 3, 4, 7]  # 16 16 | 8 | 1 | 16 16 7
-    for old, new in zip(shards, shards[1:], strict=False):
+    for old, new in itertools.pairwise(shards):
         assert new[: len(old)] == old
     before = files_below(Path(store.url) / "prompts" / "shards")
     take(write_jsonl(source, prompts(81)), store, shard_size=16)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import Curated, TinyModels, copy_store, files_below, prompts, scorer, write_jsonl
 
 from tasks.config import GenerateConfig, IngestConfig, ScoreConfig, ScorerConfig
 from tasks.engines import ScoringRequest, reward_engine
@@ -26,6 +25,7 @@ from tasks.models import load_function, scorer_fingerprint
 from tasks.records import REWARDS, Completions
 from tasks.score import ScoreWorker, rewards_path, score
 from tasks.store import Store
+from tests.conftest import Curated, TinyModels, copy_store, files_below, prompts, scorer, write_jsonl
 
 
 def configure(models: TinyModels, **changes: Any) -> ScorerConfig:
@@ -178,7 +178,7 @@ def test_a_model_with_several_outputs_is_no_reward_model(tiny_models: TinyModels
         shutil.copytree(tiny_models.generator, folder, dirs_exist_ok=True)
         path = Path(folder) / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": {"0": "no", "1": "yes"}}))
-        with pytest.raises(RunError, match="scorer 'tiny': .* has 2 outputs, not one"):
+        with pytest.raises(RunError, match=r"scorer 'tiny': .* has 2 outputs, not one"):
             TransformersRewardModel(configure(tiny_models), folder)
 
 

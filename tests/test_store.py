@@ -168,7 +168,7 @@ def test_a_store_whose_place_is_taken_by_a_file_is_refused_with_a_hint(tmp_path:
     (tmp_path / "file").write_text("I am a file")
     for url in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(
-            RunError, match="cannot be used.*Check that the folder can be created and written"
+            RunError, match=r"cannot be used.*Check that the folder can be created and written"
         ) as caught:
             Store(url).check()
         assert str(url) in str(caught.value)
@@ -179,5 +179,5 @@ def test_a_store_that_cannot_be_written_is_refused_with_a_hint(tmp_path: Path) -
     if os.geteuid():
         folder = tmp_path / "locked"
         folder.mkdir(mode=0o500)
-    with pytest.raises(RunError, match="cannot be used.*Check that the folder can be created and written"):
+    with pytest.raises(RunError, match=r"cannot be used.*Check that the folder can be created and written"):
         Store(folder).check()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from flows.submit import absolute
+from flows.submit import absolute, entrypoint
 from tests.services import ROOT, RayHead, environment, prefect_server, prefsieve, ray_head
 
 
@@ -161,13 +161,36 @@ def test_local_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch:
         }
     )
     here = os.getcwd()
-    assert shipped["store"] == f"{here}/.prefsieve/store"
+    assert "store" not in shipped, "which store is then up to the cluster"
     assert shipped["ingest"]["source"] == f"{here}/data/*.jsonl"
     models = [generator["model"] for generator in shipped["generate"]["generators"]]
     assert models == [f"{here}/model", "org/model", "policy:mine"]
     functions = [scorer["function"] for scorer in shipped["score"]["scorers"]]
     assert functions == [f"{here}/checks/answers.py:score", "package.module:score"]
     assert absolute({"store": "s3://bucket/prefix"})["store"] == "s3://bucket/prefix"
+    assert absolute({"store": "kept"})["store"] == f"{here}/kept"
+    monkeypatch.setenv("PREFSIEVE_STORE", "mine")
+    assert absolute({})["store"] == f"{here}/mine"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "taken"), [("s3://clusters/own", "s3://clusters/own"), ("", "{here}/.prefsieve/store")]
+)
+def test_without_a_configured_store_the_clusters_own_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str, taken: str
+) -> None:
+    here = tmp_path / "a folder with 'quotes' and $signs"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    choose, _, _ = entrypoint("curate").partition(" python ")
+    shown = subprocess.run(
+        ["sh", "-c", f'{choose} echo "$PREFSIEVE_STORE"'],
+        env={"PREFSIEVE_STORE": cluster},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == taken.replace("{here}", str(here))
 
 
 # --- builders and readers

@@ -43,7 +43,7 @@ def measure(
 def _describe(
     items: Sequence[task.Item], completions: Sequence[Sequence[str]], logits: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
-    """One generator's accuracy, slips and mean reward, and the shares of prompts it gets right always, never, sometimes."""
+    """One generator's accuracy, slips and mean reward, and how many prompts it gets right always, never or at times."""
     rates = [share(text == item.answer for text in texts) for item, texts in zip(items, completions, strict=True)]
     slips = [share(t == task.slip(i.string) for t in texts) for i, texts in zip(items, completions, strict=True)]
     by_length, by_source = defaultdict(list), defaultdict(list)

@@ -78,7 +78,7 @@ def demonstrations(
 
 
 def imitation_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """No attention mask is needed: padding is on the right, where a causal model never looks from a place that counts."""
+    """No attention mask: padding is on the right, where a causal model never looks from a place that counts."""
     first = int((labels != IGNORED).any(0).nonzero()[0])  # shortest prompt: nothing before it carries a loss
     states = model.model(input_ids=ids[:, :-1]).last_hidden_state[:, first - 1 :]
     return F.cross_entropy(model.lm_head(states).flatten(0, 1), labels[:, first:].flatten(), ignore_index=IGNORED)
