@@ -45,7 +45,8 @@ def demo(as_json: AsJson = False) -> None:
     from flows.demo import run_demo
 
     with _flow_environment():
-        _print(as_json, run_demo(), "demo_markdown")
+        result = run_demo()
+    _print(as_json, result, "demo_markdown")
 
 
 @app.command()
@@ -240,7 +241,8 @@ def _run(flow: str, path: Path, changes: list[str], store: str, dry_run: bool, a
     with _flow_environment():
         import importlib
 
-        _print(as_json, getattr(importlib.import_module(f"flows.{flow}"), flow)(**values), f"{flow}_markdown")
+        result = getattr(importlib.import_module(f"flows.{flow}"), flow)(**values)
+    _print(as_json, result, f"{flow}_markdown")
 
 
 @contextlib.contextmanager
@@ -252,7 +254,22 @@ def _flow_environment() -> Iterator[None]:
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
     for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
         logging.getLogger(name).addFilter(_without_traceback)
-    yield
+    with _stdout_for_results():
+        yield
+
+
+@contextlib.contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """What libraries print goes to standard error: Ray prints what becomes of its actors."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
