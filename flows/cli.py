@@ -282,7 +282,9 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 def _store(url: str) -> Any:
     from tasks.store import Store
 
-    return Store(RunConfig(store=url).store_url)
+    store = Store(RunConfig(store=url).store_url)
+    store.reach()
+    return store
 
 
 def _print(as_json: bool, result: Any, markdown: str) -> None:

@@ -152,7 +152,8 @@ def demo_markdown(result: dict[str, Any]) -> str:
             "",
             *table(rows),
             "",
-            f"Took {duration(result['seconds'])}. Store: `{result['curate']['store']}`.",
+            f"Took {duration(result['seconds'])}. Look closer with `.venv/bin/prefsieve show pvar-top`, or change "
+            "`configs/tinyworld/curate.yaml` and run `.venv/bin/prefsieve curate` on it.",
             "",
         ]
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from tasks import models
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.errors import ConfigError
-from tasks.sources import format_of
+from tasks.sources import find_source
 from tasks.store import Store
 from tasks.versions import find_version
 
@@ -27,7 +27,7 @@ def checks(config: RunConfig) -> Iterator[Check]:
         yield f"subset {config.subset}", lambda: str(find_version(store, config.subset))
         yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
     if isinstance(config, CurateConfig | EvaluateConfig):
-        yield f"prompts {config.ingest.source}", lambda: f"format {format_of(config.ingest)}"
+        yield f"prompts {config.ingest.source}", lambda: find_source(config.ingest)
         for i, generator in enumerate(config.generate.generators):
             yield f"generator {generator.name}", _generator(config, i, store)
         for i, scorer in enumerate(config.score.scorers):

@@ -59,6 +59,16 @@ def read_rows(config: IngestConfig) -> Iterator[tuple[dict[str, Any] | BadRow, i
             return
 
 
+def find_source(config: IngestConfig) -> str:
+    """What the source is, in words, from its first row; raises when it cannot be read or holds nothing."""
+    kind = format_of(config)
+    if kind == "hub":
+        return _hub_commit(config.source)
+    if kind != "disk" and next(iter(read_rows(config)), None) is None:
+        raise ConfigError(f"ingest.source {config.source!r} holds no rows")
+    return f"format {kind}"
+
+
 def source_digest(config: IngestConfig) -> str:
     """Digest of the source's content: of local bytes, of a remote file's checksum, of a hub data set's commit."""
     kind = format_of(config)

@@ -40,7 +40,8 @@ _LOST_RACE = {"PreconditionFailed", "412"}
 class Store:
     """Whole files under one URL, by path relative to it. Cheap to make: each Ray actor makes its own."""
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str], attempts: int = 8) -> None:
+        """attempts: how often a request is tried while a server cannot be reached; 8 take about a minute."""
         protocol, scheme, rest = str(url).partition("://")
         if not scheme:
             protocol = "file"
@@ -55,7 +56,7 @@ class Store:
             self.fs = fsspec.filesystem(
                 "s3",
                 use_listings_cache=False,
-                config_kwargs={"retries": {"mode": "adaptive", "max_attempts": 8}, "connect_timeout": 10},
+                config_kwargs={"retries": {"mode": "adaptive", "max_attempts": attempts}, "connect_timeout": 10},
             )
         self.root = self.url if self.local else self.url.removeprefix("s3://")
 
@@ -145,24 +146,30 @@ class Store:
         one writer at a time nothing is at stake, since equal paths hold equal content.
         """
         probe = f".probe/{uuid.uuid4().hex}"
-        fs, retries = self.fs, getattr(self.fs, "retries", None)
-        try:
-            if retries is not None:
-                fs.retries = 1  # an unreachable server should be said at once
-            first = self.create(probe, b"1")
-            second = self.create(probe, b"2")
-            kept = self.read(probe)
-            fs.rm_file(self.full(probe))
-        except RunError:
-            raise
-        except Exception as error:  # fsspec, botocore and aiohttp share no base class below this
-            raise RunError(f"store {self.url} cannot be used: {_first_line(error)}. {self._hint()}") from error
-        finally:
-            if retries is not None:
-                fs.retries = retries
+        store = self if self.local else Store(self.url, attempts=1)  # what cannot be reached should be said at once
+        with store._told():
+            first = store.create(probe, b"1")
+            second = store.create(probe, b"2")
+            kept = store.read(probe)
+            store.fs.rm_file(store.full(probe))
         if first and not second and kept == b"1":
             return "writes are conditional: two runs may share this store"
         return "the server ignores If-None-Match: let one run at a time write to this store"
+
+    def reach(self) -> None:
+        """RunError, at once, when the store cannot be read. A local folder that is not there is an empty store."""
+        if not self.local:
+            bucket, _, prefix = self.root.partition("/")
+            store = Store(self.url, attempts=1)
+            with store._told():
+                store.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # fsspec, botocore and aiohttp share no base class below this
+            raise RunError(f"store {self.url} cannot be used: {_first_line(error)}. {self._hint()}") from error
 
     def _hint(self) -> str:
         if self.local:

@@ -145,16 +145,11 @@ def copy_store(store: Store, target: Path) -> Store:
     return Store(target)
 
 
-def python(code: str, *arguments: str | Path, timeout: float = 120) -> Any:
+def python(code: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """A program in a fresh interpreter."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, timeout=120, capture_output=True, text=True, check=False)
 
 
 # --- fixtures

@@ -409,17 +409,11 @@ def test_refusals_are_counted_for_each_generator_alone(tiny_run: Any, tiny_model
     assert generate(patient, prompt_set, store).counts.dropped == {"refused: prompt too long": 1}
 
 
-def test_an_engine_that_cannot_start_ends_the_run_with_its_reason(
-    local_ray: Any, tiny_models: TinyModels, tmp_path: Path, store: Store
-) -> None:
-    import shutil
-
-    shutil.copytree(tiny_models.generator, tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"not weights")
+def test_an_engine_that_cannot_start_ends_the_run_with_its_reason(local_ray: Any, tmp_path: Path, store: Store) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", prompts(3))
     prompt_set = ingest(IngestConfig(source=str(source)), store)
-    broken = configure(tiny_models, model=str(tmp_path / "model"))
-    with pytest.raises(RunError, match=r"an engine did not start: .*Safetensor"):
+    broken = GeneratorConfig(name="broken", engine="fake", engine_args={"quality": "excellent"})
+    with pytest.raises(RunError, match=r"an engine did not start: ValueError: could not convert .*'excellent'"):
         generate(GenerateConfig(samples=2, generators=[broken]), prompt_set, store)
     assert existing_ranges(store, "completions") == {}
 

@@ -136,17 +136,23 @@ finally:
 
 
 @pytest.fixture(scope="module")
-def commands(fake_run: Curated, prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """The configuration of the run in this process, by command, in a store of its own: broken scorer, mended, again."""
+def commands(
+    fake_run: Curated, local_ray: Any, prefect_api: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """The configuration of the run in this process, by command, in a store of its own: broken scorer, mended, again.
+
+    The commands join the Ray of this process instead of starting one each.
+    """
     folder = tmp_path_factory.mktemp("commands")
+    address = f"ray_address={local_ray.get_runtime_context().gcs_address}"
     config = folder / "curate.yaml"
     config.write_text(yaml.safe_dump(fake_run.config.model_dump(mode="json")))
     env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"))
 
     def curate(*options: str) -> Run:
-        arguments = ["curate", str(config), "--store", str(folder / "store"), "--json", *options]
+        arguments = ["curate", str(config), "--store", str(folder / "store"), "--json"]
         done = subprocess.run(
-            [sys.executable, "-c", WITNESS, *arguments],
+            [sys.executable, "-c", WITNESS, *arguments, "--set", address, *options],
             env=env,
             cwd=ROOT,
             capture_output=True,

@@ -1,0 +1,92 @@
+"""Progress: rates that leave the start of engines out, and times that a person can read."""
+
+from __future__ import annotations
+
+import pytest
+
+from tasks.progress import Meter, Progress, duration, silent
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("tasks.progress.time.monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_every_change_is_reported_with_the_stage_and_the_unit(clock: Clock) -> None:
+    seen: list[Progress] = []
+    meter = Meter(seen.append, "generate", 10, "prompts", reused=4)
+    clock.now += 2
+    meter.add(3, "1,000 tokens/s")
+    clock.now += 2
+    meter.add(3)
+    assert [progress.done for progress in seen] == [4, 7, 10]
+    assert [progress.finished for progress in seen] == [False, False, True]
+    assert {(progress.stage, progress.unit, progress.total, progress.reused) for progress in seen} == {
+        ("generate", "prompts", 10, 4)
+    }
+    assert seen[1].note == "1,000 tokens/s"
+
+
+def test_the_rate_leaves_out_the_start_of_the_engine(clock: Clock) -> None:
+    seen: list[Progress] = []
+    meter = Meter(seen.append, "generate", 1000, "prompts")
+    clock.now += 60  # the engine starts
+    meter.add(10)
+    for _ in range(10):
+        clock.now += 1
+        meter.add(20)
+    assert seen[-1].rate == pytest.approx(20)
+    assert seen[-1].eta == pytest.approx((1000 - 210) / 20)
+
+
+def test_there_is_a_rate_from_the_first_units_on_and_none_before(clock: Clock) -> None:
+    seen: list[Progress] = []
+    meter = Meter(seen.append, "score", 100, "rewards")
+    assert seen[0].rate == 0
+    assert seen[0].eta is None
+    clock.now += 10
+    meter.add(50)
+    assert seen[-1].rate == pytest.approx(5)
+    assert meter.seconds == pytest.approx(10)
+
+
+def test_what_was_reused_makes_no_rate(clock: Clock) -> None:
+    seen: list[Progress] = []
+    meter = Meter(seen.append, "generate", 1000, "prompts", reused=900)
+    clock.now += 5
+    meter.add(10)
+    assert seen[-1].rate == pytest.approx(2)
+
+
+def test_progress_reads_as_a_sentence() -> None:
+    assert str(Progress("ingest", 1500, 0, "rows", 0.0)) == "1,500 rows"
+    assert str(Progress("score", 10, 40, "rewards", 2.0)) == "10/40 rewards, 2.0 rewards/s, 15 s left"
+    full = Progress("generate", 4000, 4000, "prompts", 12.34, reused=1000, note="9,000 tokens/s")
+    assert str(full) == "4,000/4,000 prompts, 12.3 prompts/s, 1,000 reused, 9,000 tokens/s"
+    assert full.finished
+
+
+def test_an_unknown_total_is_never_finished_and_has_no_time_left() -> None:
+    progress = Progress("ingest", 1500, 0, "rows", 3.0)
+    assert not progress.finished
+    assert progress.eta is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (245, "4 min 5 s"), (7800, "2 h 10 min"), (3600, "1 h 0 min")],
+)
+def test_durations_read_well(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_reporting_to_nobody_is_possible() -> None:
+    Meter(silent, "pair", 1, "prompts").add(1)
