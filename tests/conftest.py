@@ -28,6 +28,7 @@ os.environ.update(
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
         "XDG_CACHE_HOME": f"{_SESSION_FOLDER.name}/cache",
+        "HYPOTHESIS_STORAGE_DIRECTORY": f"{_SESSION_FOLDER.name}/hypothesis",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",  # threads of tiny models only wait for each other
     }

@@ -285,6 +285,17 @@ def test_the_beginning_of_a_sequence_is_marked_once(tiny_models: TinyModels) -> 
     assert engine.tokenizer.decode(ids, skip_special_tokens=True) == "u>hi\na>"
 
 
+def test_a_base_model_without_a_chat_template_takes_single_user_messages_as_they_are(tiny_models: TinyModels) -> None:
+    engine = tiny_engine(tiny_models)
+    engine.tokenizer.chat_template = None
+    user = {"role": "user", "content": "once upon"}
+    assert engine.tokenizer.decode(prompt_ids(engine.tokenizer, [user])) == "once upon"
+    assert engine.tokenizer.decode(prompt_ids(engine.tokenizer, [user], "tell: ")).endswith("once upon")
+    for messages in ([{"role": "system", "content": "x"}], [user, {"role": "assistant", "content": "y"}, user]):
+        with pytest.raises(ValueError, match="no chat template"):
+            prompt_ids(engine.tokenizer, messages)
+
+
 # --- noise
 
 

@@ -147,7 +147,7 @@ def commands(
     address = f"ray_address={local_ray.get_runtime_context().gcs_address}"
     config = folder / "curate.yaml"
     config.write_text(yaml.safe_dump(fake_run.config.model_dump(mode="json")))
-    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"))
+    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"), RAY_AUTH_MODE="token")
 
     def curate(*options: str) -> Run:
         arguments = ["curate", str(config), "--store", str(folder / "store"), "--json"]
