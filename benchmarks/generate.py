@@ -124,7 +124,8 @@ def _bare_child(order: Path) -> None:
     chats = [[{"role": "user", "content": prompt}] for prompt in wanted["prompts"]]
     ids = [{"prompt_token_ids": prompt_ids(engine.tokenizer, chat)} for chat in chats]
     params = [
-        engine.params(GenerationRequest(chat, prompt_seed(0, digest(chat)), 0, wanted["samples"])) for chat in chats
+        engine.params(GenerationRequest(chat, prompt_seed("bare", digest(chat)), 0, wanted["samples"]))
+        for chat in chats
     ]
     if not wanted["logprobs"]:
         for one in params:

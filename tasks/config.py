@@ -92,6 +92,12 @@ class GenerateConfig(Section):
     @model_validator(mode="after")
     def _unique_names(self) -> GenerateConfig:
         _unique("generators", [generator.name for generator in self.generators])
+        for generator in self.generators:
+            if generator.engine == "vllm" and generator.sampling.temperature == 0 and self.samples > 1:
+                raise ValueError(
+                    f"generator {generator.name!r}: at temperature 0 all samples are equal, and vLLM refuses more than "
+                    "one; set samples: 1 or a temperature"
+                )
         return self
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks import models
 from tasks.config import CompareConfig
 from tasks.ingest import read_shard, shards_of
 from tasks.pair import Columns
@@ -48,6 +49,10 @@ def evaluate(config: CompareConfig, rewards: Rewards, store: Store, report: Repo
         "prompts": completions.prompts.counts.out,
         "samples": completions.samples,
         "generators": dict(completions.generators),
+        "made_with": {
+            fingerprint: models.facts_of(fingerprint, store)
+            for fingerprint in [*completions.generators.values(), *rewards.scorers.values()]
+        },
         "scorers": scorers,
         "mean_tokens": lengths,
     }

@@ -35,14 +35,15 @@ def generate(
     """Make what is missing of samples 0..config.samples-1 of every generator."""
     started = time.monotonic()
     shards = shards_of(store, prompts)
-    fingerprints = {g.name: models.generator_fingerprint(g, store) for g in config.generators}
-    missing = {g.name: missing_ranges(store, fingerprints[g.name], shards, config.samples) for g in config.generators}
+    generators = [models.pinned("generate", g, store) for g in config.generators]
+    fingerprints = {g.name: models.remember_facts(models.generator_facts(g, store), g.model, store) for g in generators}
+    missing = {g.name: missing_ranges(store, fingerprints[g.name], shards, config.samples) for g in generators}
     total = prompts.counts.out * len(config.generators)
     todo = sum(item["rows"] for items in missing.values() for item in items if item["final"])
     meter = Meter(report, "generate", total, "prompts", reused=total - todo)
     totals: Counter[str] = Counter()
     engine_seconds = 0.0
-    for generator in config.generators:
+    for generator in generators:
         items = missing[generator.name]
         if items:
             arguments = (generator, fingerprints[generator.name], store.url)
@@ -84,7 +85,7 @@ class GenerateWorker:
         ids = prompts["prompt_id"].to_pylist()
         requests = [
             GenerationRequest(
-                messages, prompt_seed(self.config.seed, prompt_id), item["first"], item["last"] - item["first"]
+                messages, prompt_seed(self.fingerprint, prompt_id), item["first"], item["last"] - item["first"]
             )
             for prompt_id, messages in zip(ids, prompts["messages"].to_pylist(), strict=True)
         ]
@@ -105,9 +106,9 @@ class GenerateWorker:
         }
 
 
-def prompt_seed(base: int, prompt_id: str) -> int:
-    """Start of a prompt's range of seeds, in [0, 2^48)."""
-    raw = hashlib.blake2b(f"{base}:{prompt_id}".encode(), digest_size=6).digest()
+def prompt_seed(fingerprint: str, prompt_id: str) -> int:
+    """Start of a prompt's range of seeds with one generator, in [0, 2^48)."""
+    raw = hashlib.blake2b(f"{fingerprint}:{prompt_id}".encode(), digest_size=6).digest()
     return int.from_bytes(raw, "little")
 
 

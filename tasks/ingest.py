@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ def ingest(config: IngestConfig, store: Store, report: Report = silent) -> Promp
     previous = store.read_json(head)["set"] if store.exists(head) else None
     with tempfile.TemporaryDirectory() as folder:
         prompts, quarantine = _read(config, store, previous, Path(folder), Meter(report, "ingest", 0, "rows"))
+        if _inputs(config) != inputs:
+            raise RunError(f"ingest.source {config.source!r} changed while it was read; run again")
         store.create_file(f"prompts/sources/{inputs}.quarantine.parquet", quarantine)
     counts = {"into": prompts.counts.into, "out": prompts.counts.out, "dropped": prompts.counts.dropped}
     store.create_json(_pointer(inputs), {"set": prompts.digest, "counts": counts, "source": config.source})
@@ -264,9 +266,3 @@ class _Quarantine:
         self._flush()
         self.writer.close()
         return self.path
-
-
-def iter_prompts(store: Store, prompts: PromptSet) -> Iterator[tuple[int, str, pa.Table]]:
-    """(index, digest, rows) of each shard in order."""
-    for index, shard in enumerate(shards_of(store, prompts)):
-        yield index, shard["digest"], read_shard(store, shard["digest"])

@@ -31,40 +31,77 @@ _WEIGHTS = {".safetensors", ".bin"}
 _TEXTS = {".json", ".jinja", ".model", ".txt", ".py"}
 
 
+def pinned(field: str, config: Any, store: Store) -> Any:
+    """The same generator, scorer or policy with nothing left to resolve: what a worker loads later, and elsewhere, is
+    what the fingerprint was taken of."""
+    if getattr(config, "type", "") == "function":
+        file, _, name = config.function.rpartition(":")
+        return config.model_copy(update={"function": f"{Path(file).absolute()}:{name}"} if file.endswith(".py") else {})
+    if not config.model or getattr(config, "engine", "") == "fake":
+        return config
+    if config.model.startswith(POLICY):
+        return config.model_copy(update={"model": f"{POLICY}{identity(field, config, store)}"})
+    if is_local_path(config.model):
+        return config.model_copy(update={"model": str(Path(config.model).expanduser().absolute())})
+    return config.model_copy(update={"revision": identity(field, config, store).rpartition("@")[2]})
+
+
+def generator_facts(config: GeneratorConfig, store: Store) -> dict[str, Any]:
+    """All that decides a generator's samples; workers, batch size and how many samples are not part."""
+    return {
+        "schema": SCHEMA_VERSION,
+        "stage": "generate",
+        "engine": config.engine,
+        "model": config.name if config.engine == "fake" else identity("generate", config, store),
+        "system_prompt": config.system_prompt,
+        "sampling": config.sampling.model_dump(),
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "engine_args": config.engine_args,
+    }
+
+
+def scorer_facts(config: ScorerConfig, store: Store) -> dict[str, Any]:
+    """All that decides a scorer's rewards. Of a function: its name and its own file, not what that imports."""
+    about = {"schema": SCHEMA_VERSION, "stage": "score", "type": config.type}
+    if config.type == "function":
+        code = hashlib.sha256(function_source(config).read_bytes()).hexdigest()
+        return {**about, "function": config.function.rpartition(":")[2], "code": code}
+    return {
+        **about,
+        "engine": config.engine,
+        "model": config.name if config.engine == "fake" else identity("score", config, store),
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "engine_args": config.engine_args,
+    }
+
+
 def generator_fingerprint(config: GeneratorConfig, store: Store) -> str:
-    """Digest of all that decides a generator's samples; workers, batch size and how many samples are not part."""
-    return digest(
-        {
-            "schema": SCHEMA_VERSION,
-            "stage": "generate",
-            "engine": config.engine,
-            "model": config.name if config.engine == "fake" else identity("generate", config, store),
-            "system_prompt": config.system_prompt,
-            "sampling": config.sampling.model_dump(),
-            "seed": config.seed,
-            "dtype": config.dtype,
-            "max_model_len": config.max_model_len,
-            "engine_args": config.engine_args,
-        }
-    )
+    return digest(generator_facts(config, store))
 
 
 def scorer_fingerprint(config: ScorerConfig, store: Store) -> str:
-    """Digest of all that decides a scorer's rewards."""
-    if config.type == "function":
-        what: dict[str, Any] = {
-            "function": config.function,
-            "code": hashlib.sha256(function_source(config).read_bytes()).hexdigest(),
-        }
-    else:
-        what = {
-            "engine": config.engine,
-            "model": config.name if config.engine == "fake" else identity("score", config, store),
-            "dtype": config.dtype,
-            "max_model_len": config.max_model_len,
-            "engine_args": config.engine_args,
-        }
-    return digest({"schema": SCHEMA_VERSION, "stage": "score", "type": config.type, **what})
+    return digest(scorer_facts(config, store))
+
+
+def remember_facts(facts: dict[str, Any], called: str, store: Store) -> str:
+    """Keep what a fingerprint stands for, under the name it was first called by; returns the fingerprint."""
+    fingerprint = digest(facts)
+    store.create_json(_facts_path(fingerprint), {"called": called, **facts})
+    return fingerprint
+
+
+def facts_of(fingerprint: str, store: Store) -> dict[str, Any]:
+    """What a fingerprint stands for, without the name that somebody called it by."""
+    facts = store.read_json(_facts_path(fingerprint))
+    del facts["called"]
+    return facts
+
+
+def _facts_path(fingerprint: str) -> str:
+    return f"fingerprints/{fingerprint}.json"
 
 
 def identity(field: str, config: Any, store: Store) -> str:

@@ -88,13 +88,10 @@ class Columns:
         self.store, self.scorer = store, scorer
         self.generators, self.samples = generators, completions.samples
         self.fingerprints = [completions.generators[name] for name in generators]
-        self.ranges = [existing_ranges(store, f"completions/{fingerprint}") for fingerprint in self.fingerprints]
+        self.ranges = [existing_ranges(store, f"rewards/{scorer}/{fingerprint}") for fingerprint in self.fingerprints]
 
     def name(self, column: int) -> str:
         return self.generators[column // self.samples]
-
-    def sample(self, column: int) -> int:
-        return column % self.samples
 
     def read(self, shard: str) -> ShardColumns:
         rewards, texts, tokens, present = [], [], [], []

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks import models
 from tasks.card import dataset_card
 from tasks.config import PublishConfig, SubsetConfig
 from tasks.generate import completions_path, covering, existing_ranges
@@ -78,6 +79,13 @@ def _lineage(subset: SubsetConfig, selection: Selection, store: Store) -> dict[s
             "scorers": {pairs["scorer"]: rewards.scorers[pairs["scorer"]]},
             "pairs": selection.pairs.digest,
             "selection": selection.digest,
+        },
+        "made_with": {
+            fingerprint: models.facts_of(fingerprint, store)
+            for fingerprint in [
+                *(completions.generators[name] for name in pairs["generators"]),
+                rewards.scorers[pairs["scorer"]],
+            ]
         },
     }
 

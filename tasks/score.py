@@ -34,21 +34,23 @@ def score(
 ) -> Rewards:
     """Make the rewards that are missing, for every scorer and generator."""
     started = time.monotonic()
-    fingerprints = {scorer.name: models.scorer_fingerprint(scorer, store) for scorer in config.scorers}
+    scorers = [models.pinned("score", scorer, store) for scorer in config.scorers]
+    fingerprints = {
+        s.name: models.remember_facts(models.scorer_facts(s, store), s.model or s.function, store) for s in scorers
+    }
     files = list(_files(completions, store))
     missing = {name: _missing(store, fingerprint, files) for name, fingerprint in fingerprints.items()}
     total = completions.counts.out * completions.samples * len(config.scorers)
     todo = sum(item["samples"] for items in missing.values() for item in items)
     meter = Meter(report, "score", total, "rewards", reused=max(total - todo, 0))
+    in_files = sum(item["samples"] for item in files)  # files may hold more samples than are wanted now
     totals: Counter[str] = Counter()
     engine_seconds = 0.0
-    for scorer in config.scorers:
+    for scorer in scorers:
         if missing[scorer.name]:
             arguments = (scorer, fingerprints[scorer.name], store.url)
 
-            def on_done(
-                counts: dict[str, Any], name: str = scorer.name, limit: float = total / len(config.scorers)
-            ) -> None:
+            def on_done(counts: dict[str, Any], name: str = scorer.name, limit: float = in_files) -> None:
                 totals.update({key: counts[key] for key in ("requests", "samples", "engine_starts")})
                 totals[f"missing from {name}"] += counts["missing"]
                 _check_missing(config, name, totals[f"missing from {name}"], limit, counts["example"])

@@ -214,14 +214,19 @@ def _datasets_rows(config: IngestConfig, kind: str) -> Iterator[dict[str, Any] |
     import datasets
 
     if kind == "disk":
-        loaded = datasets.load_from_disk(config.source)
+        loaded = datasets.load_from_disk(str(Path(config.source).expanduser()))
         if isinstance(loaded, datasets.DatasetDict):
             if config.split not in loaded:
                 raise ConfigError(f"ingest.split: {config.source} has no split {config.split!r}: {', '.join(loaded)}")
             loaded = loaded[config.split]
         yield from loaded
         return
-    yield from datasets.load_dataset(config.source, split=config.split, streaming=True)
+    revision = _hub_commit(config.source).rpartition("@")[2]  # the one that went into the digest
+    try:
+        loaded = datasets.load_dataset(config.source, split=config.split, revision=revision, streaming=True)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"ingest.source {config.source!r}, split {config.split!r}: {error}") from error
+    yield from loaded
 
 
 def _data_files(config: IngestConfig, missing_ok: bool = False) -> list[tuple[Any, str]]:

@@ -7,11 +7,14 @@ pointers such as `latest.json`, overwrites.
 
     prompts/<set>/manifest.json                             shards of a prompt set, quarantine beside it
     prompts/shards/<shard>.parquet                          rows of one shard
+    prompts/sources/, prompts/heads/                        what a source gave; where its last set was cut
+    fingerprints/<fingerprint>.json                         what a generator's or scorer's fingerprint stands for
     completions/<generator>/<shard>.<first>-<last>.parquet  samples first..last-1, one row a prompt
     rewards/<scorer>/<generator>/<shard>.<first>-<last>.parquet
     pairs/<digest>/                                         pairs, drops, selections
     subsets/<name>/<version>/                               what people use
-    policies/<name>/<version>/                              what training made
+    policies/<name>/<version>/                              what training made; checkpoints beside
+    evaluations/<digest>.json                               comparisons
 """
 
 from __future__ import annotations

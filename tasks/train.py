@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import models
-from tasks.cluster import connect, reraise
+from tasks.cluster import check_room, connect, reraise
 from tasks.config import TrainConfig
 from tasks.progress import Meter, Report, silent
 from tasks.records import SCHEMA_VERSION, Counts, Version, Work, digest
@@ -33,22 +33,14 @@ _POLL = 1.0  # seconds
 def train(config: TrainConfig, store: Store, report: Report = silent) -> Version:
     """The policy that this subset, model and training configuration give; trained once."""
     started = time.monotonic()
-    subset = find_version(store, config.subset)
-    inputs = digest(
-        {
-            "schema": SCHEMA_VERSION,
-            "stage": "train",
-            "subset": str(subset),
-            "model": models.identity("policy.model", config.policy, store),
-            "dtype": config.policy.dtype,
-            **config.train.model_dump(),
-        }
-    )
+    inputs, subset = _inputs(config, store)
     known = find_build(store, "policies", config.name, inputs)
     if known:
         Meter(report, "train", 1, "policies", reused=1)
         return known
+    config = config.model_copy(update={"policy": models.pinned("policy.model", config.policy, store)})
     ray = connect(config.ray_address)
+    check_room(ray, config.policy)
     actor = ray.remote(TrainWorker).options(num_cpus=config.policy.cpus, num_gpus=config.policy.gpus, max_concurrency=2)
     worker = actor.remote(config, str(subset), inputs, store.url)
     with reraise(ray):
@@ -67,6 +59,25 @@ def train(config: TrainConfig, store: Store, report: Report = silent) -> Version
             meter.add(steps - seen, f"loss {loss:.4f}")
     ray.kill(worker)
     return Version(version.name, version.version, version.counts, Work(seconds=time.monotonic() - started), "policies")
+
+
+def find_training(config: TrainConfig, store: Store) -> Version | None:
+    """The policy, when it was trained before."""
+    return find_build(store, "policies", config.name, _inputs(config, store)[0], claim=False)
+
+
+def _inputs(config: TrainConfig, store: Store) -> tuple[str, Version]:
+    """Digest of all that decides the weights, and the subset that is meant."""
+    subset = find_version(store, config.subset)
+    settings = config.train.model_dump(exclude={"save_steps", "gradient_checkpointing"})
+    facts = {
+        "schema": SCHEMA_VERSION,
+        "stage": "train",
+        "subset": str(subset),
+        "model": models.identity("policy.model", config.policy, store),
+        "dtype": config.policy.dtype,
+    }
+    return digest({**facts, **settings}), subset
 
 
 class TrainWorker:

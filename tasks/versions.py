@@ -45,8 +45,8 @@ def publish_folder(store: Store, kind: str, name: str, folder: Path, content: di
     return version
 
 
-def find_build(store: Store, kind: str, name: str, inputs: str) -> Version | None:
-    """The version that these inputs gave before, if any; it becomes the latest again."""
+def find_build(store: Store, kind: str, name: str, inputs: str, claim: bool = True) -> Version | None:
+    """The version that these inputs gave before, if any; with `claim` it becomes the latest again."""
     path = _build(kind, name, inputs)
     if not store.exists(path):
         return None
@@ -54,7 +54,8 @@ def find_build(store: Store, kind: str, name: str, inputs: str) -> Version | Non
     if not store.exists(f"{kind}/{name}/{known}/manifest.json"):
         return None  # somebody removed it
     version = find_version(store, f"{name}@{known}", kind)
-    _point_latest(store, version)
+    if claim:
+        _point_latest(store, version)
     return version
 
 

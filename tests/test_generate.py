@@ -101,7 +101,7 @@ def test_the_last_missing_range_of_a_shard_is_marked(store: Store) -> None:
 
 
 def test_seeds_differ_between_prompts_and_between_base_seeds() -> None:
-    seeds = {prompt_seed(base, f"{i:032x}") for base in range(3) for i in range(1000)}
+    seeds = {prompt_seed(str(base), f"{i:032x}") for base in range(3) for i in range(1000)}
     assert len(seeds) == 3000
     assert all(0 <= seed < 2**48 for seed in seeds)
 

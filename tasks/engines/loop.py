@@ -58,8 +58,9 @@ class EngineLoop:
                 for key, answer in self.engine.step():
                     self._settle(key, answer)
         except BaseException as error:  # the thread must not die silently: whoever waits gets the error
+            self.engine.close()
             self._fail(error)
-        finally:
+        else:
             self.engine.close()
 
     def _take_in(self) -> bool:
@@ -83,7 +84,7 @@ class EngineLoop:
             try:
                 self.engine.add(key, request)
             except ValueError as error:
-                self._settle(key, Refused(str(error).splitlines()[0]))
+                self._settle(key, Refused((str(error) or type(error).__name__).splitlines()[0]))
 
     def _settle(self, key: int, answer: Any) -> None:
         batch, index = self._waiting.pop(key)

@@ -31,7 +31,7 @@ class TransformersGenerator:
     def __init__(self, config: GeneratorConfig, model: str) -> None:
         self.config = config
         self.tokenizer = _tokenizer(config, model)
-        self.model = AutoModelForCausalLM.from_pretrained(model, **_loading(config)).eval().to(_device())
+        self.model = AutoModelForCausalLM.from_pretrained(model, **_loading(config)).eval().to(_device(config))
         self.room = config.max_model_len or self.model.config.get_text_config().max_position_embeddings
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
@@ -72,7 +72,7 @@ class TransformersGenerator:
     def _generate(self, batch: list[tuple[int, GenerationRequest, list[int]]]) -> list[tuple[int, Answer]]:
         prompts = [ids for _, request, ids in batch for _ in range(request.samples)]
         seeds = [request.seed + request.first + i for _, request, _ in batch for i in range(request.samples)]
-        ids, mask = _pad(prompts, self.pad, left=True)
+        ids, mask = _pad(prompts, self.pad, left=True, device=self.model.device)
         longest = ids.shape[1]
         sampler = SeededSampler(torch.tensor(seeds, device=ids.device), self.config.sampling)
         generation = GenerationConfig(
@@ -108,7 +108,9 @@ class TransformersRewardModel:
     def __init__(self, config: ScorerConfig, model: str) -> None:
         self.config = config
         self.tokenizer = _tokenizer(config, model)
-        self.model = AutoModelForSequenceClassification.from_pretrained(model, **_loading(config)).eval().to(_device())
+        self.model = (
+            AutoModelForSequenceClassification.from_pretrained(model, **_loading(config)).eval().to(_device(config))
+        )
         if self.model.config.num_labels != 1:
             raise RunError(f"scorer {config.name!r}: {model} has {self.model.config.num_labels} outputs, not one")
         self.text_config = self.model.config.get_text_config()
@@ -133,7 +135,7 @@ class TransformersRewardModel:
         last = {row[-1] for row in rows if row}
         pad = self.pad if self.pad is not None else next(i for i in count() if i not in last)
         self.text_config.pad_token_id = pad
-        ids, mask = _pad(rows, pad, left=False)
+        ids, mask = _pad(rows, pad, left=False, device=self.model.device)
         logits = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].double().tolist()
         return [(key, logit) for (key, _), logit in zip(batch, logits, strict=True)]
 
@@ -180,7 +182,7 @@ def gumbel(seeds: torch.Tensor, step: int, width: int) -> torch.Tensor:
     columns = torch.arange(width, device=seeds.device)
     keys = _mix(_mix(seeds.long()) + step)
     bits = _mix(keys[:, None] + columns[None, :])
-    uniform = (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    uniform = (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52  # never 0 or 1: 53 bits would round to 1
     return -torch.log(-torch.log(uniform)).float()
 
 
@@ -211,11 +213,12 @@ def _tokenizer(config: ModelConfig, model: str) -> Any:
     )
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(config: ModelConfig) -> str:
+    """Ray shows GPUs also to an actor that reserved none."""
+    return "cuda" if config.gpus and torch.cuda.is_available() else "cpu"
 
 
-def _pad(rows: list[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: list[list[int]], pad: int, left: bool, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, [rows, longest]."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad)
@@ -224,4 +227,4 @@ def _pad(rows: list[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, tor
         where = slice(longest - len(row), None) if left else slice(0, len(row))
         ids[i, where] = torch.tensor(row)
         mask[i, where] = 1
-    return ids.to(_device()), mask.to(_device())
+    return ids.to(device), mask.to(device)

@@ -16,6 +16,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import LLM, PoolingParams, SamplingParams, TokensPrompt
+from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
@@ -33,6 +34,12 @@ class _VllmEngine:
         self.tokenizer = self.llm.get_tokenizer()
         self.room = self.llm.model_config.max_model_len
 
+    def enter(self, key: int, ids: list[int], params: Any) -> None:
+        try:
+            self.engine.add_request(str(key), TokensPrompt(prompt_token_ids=ids), params)
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
+
     def close(self) -> None:
         """Shut the core down: children that outlive it would keep their GPU memory."""
         self.engine.engine_core.shutdown()
@@ -48,7 +55,7 @@ class VllmGenerator(_VllmEngine):
         ids = prompt_ids(self.tokenizer, request.messages, self.config.system_prompt)
         if len(ids) >= self.room:
             raise ValueError(f"prompt too long: {len(ids)} tokens, the model takes {self.room}")
-        self.engine.add_request(str(key), TokensPrompt(prompt_token_ids=ids), self.params(request))
+        self.enter(key, ids, self.params(request))
 
     def params(self, request: GenerationRequest) -> SamplingParams:
         """vLLM gives child i of a request the seed + i, so a sample's stream does not depend on the range."""
@@ -81,7 +88,7 @@ class VllmRewardModel(_VllmEngine):
         ids = scored_ids(self.tokenizer, request.messages, request.completion)
         if len(ids) > self.room:
             raise ValueError(f"too long: {len(ids)} tokens, the reward model takes {self.room}")
-        self.engine.add_request(str(key), TokensPrompt(prompt_token_ids=ids), self.params.clone())
+        self.enter(key, ids, self.params.clone())
 
     def step(self) -> list[tuple[int, float]]:
         ready: list[Any] = [output for output in self.engine.step() if output.finished]

@@ -18,10 +18,9 @@ def order(values: NDArray[np.float64], ids: Sequence[str], seed: int, keep: str 
 
     values: [pairs]; ids: prompt id of each; keep: "top" takes large values first, "bottom" small ones.
     """
-    ties = hashes(ids, seed)
-    signed = -values if keep == "top" else values
-    ordered = np.lexsort((ties, signed))
-    return ordered[~np.isnan(values[ordered])]
+    ordered = np.lexsort((hashes(ids, seed), values))
+    ordered = ordered[~np.isnan(values[ordered])]
+    return ordered[::-1] if keep == "top" else ordered  # so that top and bottom share no tied row before they must
 
 
 def hashes(ids: Sequence[str], seed: int) -> NDArray[np.uint64]:
