@@ -141,16 +141,17 @@ def test_a_prompt_has_the_same_completions_in_every_shard_and_order(fake_run: Cu
     """The seed comes from the prompt, not from its place."""
     store = Store(tmp_path / "store")
     config = fake_run.config.generate.generators[0]
+    fingerprint = fake_run.completions.generators[config.name]
     source = write_jsonl(tmp_path / "turned.jsonl", prompts(40)[::-1])
     shards = shards_of(store, ingest(IngestConfig(source=str(source), shard_size=7), store))
     turned = {}
     for shard in shards:
-        asyncio.run(work(GenerateWorker(config, "g", store.url), shard, (0, 4)))
-        table = store.read_table(completions_path("g", shard["digest"], (0, 4)))
+        asyncio.run(work(GenerateWorker(config, fingerprint, store.url), shard, (0, 4)))
+        table = store.read_table(completions_path(fingerprint, shard["digest"], (0, 4)))
         turned.update(zip(table["prompt_id"].to_pylist(), table["texts"].to_pylist(), strict=True))
     straight = {}
     for shard in shards_of(fake_run.store, fake_run.prompts):
-        path = completions_path(fake_run.completions.generators[config.name], shard["digest"], (0, 4))
+        path = completions_path(fingerprint, shard["digest"], (0, 4))
         table = fake_run.store.read_table(path)
         straight.update(zip(table["prompt_id"].to_pylist(), table["texts"].to_pylist(), strict=True))
     assert turned == straight
@@ -391,7 +392,7 @@ def test_a_stage_with_a_real_model_writes_what_its_engine_says(tiny_run: Any, ti
                 assert row["prompt_tokens"] is None
                 assert row["texts"] == row["text_digests"] == row["tokens"] == row["logprobs"] == []
                 continue
-            seed = prompt_seed(0, prompt["prompt_id"])
+            seed = prompt_seed(completions.generators["tiny"], prompt["prompt_id"])
             (answer,) = ask(engine, [GenerationRequest(prompt["messages"], seed, 0, 3)])
             assert texts(answer) == list(zip(row["texts"], row["finish_reasons"], row["tokens"], strict=True))
             assert row["prompt_tokens"] == answer.prompt_tokens
