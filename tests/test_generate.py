@@ -31,10 +31,10 @@ from tasks.generate import (
     prompt_seed,
 )
 from tasks.ingest import ingest, read_shard, shards_of
-from tasks.models import generator_fingerprint
-from tasks.records import COMPLETIONS, text_digest
+from tasks.models import facts_of, generator_fingerprint
+from tasks.records import COMPLETIONS, digest, text_digest
 from tasks.store import Store
-from tests.conftest import Curated, TinyModels, prompts, write_jsonl
+from tests.conftest import Curated, TinyModels, copy_store, files_below, prompts, write_jsonl
 
 
 def request(text: str, seed: int = 5, first: int = 0, samples: int = 1) -> GenerationRequest:
@@ -100,8 +100,8 @@ def test_the_last_missing_range_of_a_shard_is_marked(store: Store) -> None:
     assert (item["first"], item["last"], item["final"]) == (0, 4, True)
 
 
-def test_seeds_differ_between_prompts_and_between_base_seeds() -> None:
-    seeds = {prompt_seed(str(base), f"{i:032x}") for base in range(3) for i in range(1000)}
+def test_seeds_differ_between_prompts_and_between_generators() -> None:
+    seeds = {prompt_seed(fingerprint, f"{i:032x}") for fingerprint in ("a", "b", "c") for i in range(1000)}
     assert len(seeds) == 3000
     assert all(0 <= seed < 2**48 for seed in seeds)
 
@@ -155,6 +155,16 @@ def test_a_prompt_has_the_same_completions_in_every_shard_and_order(fake_run: Cu
         table = fake_run.store.read_table(path)
         straight.update(zip(table["prompt_id"].to_pylist(), table["texts"].to_pylist(), strict=True))
     assert turned == straight
+
+
+def test_a_file_that_another_run_has_made_meanwhile_is_left_alone(fake_run: Curated, tmp_path: Path) -> None:
+    store = copy_store(fake_run.store, tmp_path / "store")
+    before = files_below(Path(store.url))
+    config = fake_run.config.generate.generators[0]
+    worker = GenerateWorker(config, fake_run.completions.generators[config.name], store.url)
+    counts = asyncio.run(work(worker, shards_of(store, fake_run.prompts)[2], (0, 4)))
+    assert counts["samples"] == 32
+    assert files_below(Path(store.url)) == before
 
 
 async def work(worker: GenerateWorker, shard: dict[str, Any], samples: tuple[int, int]) -> dict[str, Any]:
@@ -458,6 +468,13 @@ def test_a_fingerprint_tells_everything_that_decides_the_samples(tiny_models: Ti
         assert generator_fingerprint(configure(tiny_models, **changes), store) == reference, changes
     different = {generator_fingerprint(configure(tiny_models, **changes), store) for changes in other}
     assert len({reference, *different}) == len(other) + 1
+
+
+def test_the_store_says_what_a_fingerprint_stands_for(fake_run: Curated) -> None:
+    for name, fingerprint in fake_run.completions.generators.items():
+        facts = facts_of(fingerprint, fake_run.store)
+        assert digest(facts) == fingerprint
+        assert (facts["stage"], facts["engine"], facts["model"]) == ("generate", "fake", name)
 
 
 def test_a_fingerprint_follows_the_content_of_a_model_folder(

@@ -15,7 +15,7 @@ import pytest
 
 from tasks.config import IngestConfig
 from tasks.errors import ConfigError, RunError
-from tasks.ingest import ingest, iter_prompts, shards_of
+from tasks.ingest import ingest, read_shard, shards_of
 from tasks.records import PROMPTS, PromptSet, digest
 from tasks.store import Store
 from tests.conftest import files_below, prompts, python, write_jsonl
@@ -26,7 +26,7 @@ def take(source: Path | str, store: Store, **changes: Any) -> PromptSet:
 
 
 def rows_of(store: Store, found: PromptSet) -> list[dict[str, Any]]:
-    tables = [table for _, _, table in iter_prompts(store, found)]
+    tables = [read_shard(store, shard["digest"]) for shard in shards_of(store, found)]
     assert all(table.schema.equals(PROMPTS) for table in tables)
     return [row for table in tables for row in table.to_pylist()]
 

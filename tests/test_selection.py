@@ -199,6 +199,13 @@ def test_ties_are_broken_by_the_prompt_and_the_seed_not_by_the_position(
     assert straight == turned
 
 
+def test_top_and_bottom_of_tied_values_share_no_row_before_they_must() -> None:
+    values = np.array([1.0] * 30)
+    top, bottom = order(values, ids(30), seed=4), order(values, ids(30), seed=4, keep="bottom")
+    assert top[:15].tolist() == bottom[:14:-1].tolist()
+    assert not set(top[:15].tolist()) & set(bottom[:15].tolist())
+
+
 def test_another_seed_breaks_ties_in_another_way() -> None:
     values = np.zeros(50)
     assert order(values, ids(50), seed=1).tolist() != order(values, ids(50), seed=2).tolist()

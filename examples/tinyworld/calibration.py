@@ -71,6 +71,8 @@ def agreement(items: Sequence[task.Item], pools: Sequence[Mapping[str, float]]) 
         for text, value in pool.items()
         if text != item.answer
     )
+    if not gaps:  # a world too small to have a right completion beside a wrong one
+        return {"pairs": 0}
     return {
         "pairs": len(gaps),
         "agreement": round(share(gap > 0 for gap in gaps), 4),

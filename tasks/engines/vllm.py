@@ -15,6 +15,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU bui
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+from transformers import AutoConfig
 from vllm import LLM, PoolingParams, SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
@@ -29,7 +30,7 @@ from tasks.errors import RunError
 class _VllmEngine:
     def __init__(self, config: ModelConfig, model: str, runner: str) -> None:
         self.config = config
-        self.llm = LLM(model=model, **{**_arguments(config, runner), **config.engine_args})
+        self.llm = LLM(model=model, **{**_arguments(config, model, runner), **config.engine_args})
         self.engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
         self.room = self.llm.model_config.max_model_len
@@ -95,10 +96,10 @@ class VllmRewardModel(_VllmEngine):
         return [(_key(output), output.outputs.data[0].item()) for output in ready]
 
 
-def _arguments(config: ModelConfig, runner: str) -> dict[str, Any]:
+def _arguments(config: ModelConfig, model: str, runner: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "runner": runner,
-        "dtype": config.dtype,
+        "dtype": _dtype(config, model),
         "revision": config.revision or None,
         "trust_remote_code": config.trust_remote_code,
         "max_model_len": config.max_model_len or None,
@@ -110,6 +111,16 @@ def _arguments(config: ModelConfig, runner: str) -> dict[str, Any]:
             # A seeded request whose prefill is chunked dies on CPU: "CPU Generator does not use offset".
             arguments["enable_chunked_prefill"] = False
     return arguments
+
+
+def _dtype(config: ModelConfig, model: str) -> str:
+    """vLLM's own `auto` halves float32 weights; here auto is what the weights are, on every engine."""
+    if config.dtype != "auto":
+        return config.dtype
+    about = AutoConfig.from_pretrained(
+        model, revision=config.revision or None, trust_remote_code=config.trust_remote_code
+    )
+    return str(about.dtype).removeprefix("torch.") if about.dtype else "auto"
 
 
 def _key(output: Any) -> int:
