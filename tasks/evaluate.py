@@ -30,7 +30,7 @@ def evaluate(config: CompareConfig, rewards: Rewards, store: Store, report: Repo
         columns = Columns([config.policy, config.reference], completions, scorer, store)
         read = []
         for shard in shards:
-            read.append(columns.read(shard["digest"]))
+            read.append(columns.read(shard))
             meter.add(1)
         both = np.concatenate([arrays.rewards for arrays in read])
         scorers[name] = _compare(both[:, : completions.samples], both[:, completions.samples :])

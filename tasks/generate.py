@@ -91,7 +91,7 @@ class GenerateWorker:
         ]
         answers = await asyncio.wrap_future(self.loop.submit(requests))
         table = _table(ids, answers)
-        path = completions_path(self.fingerprint, item["shard"], (item["first"], item["last"]))
+        path = completions_path(self.fingerprint, item["prompts"], (item["first"], item["last"]))
         await asyncio.to_thread(self.store.create_table, path, table)
         refused = [answer.reason for answer in answers if isinstance(answer, Refused)]
         given = [answer for answer in answers if isinstance(answer, Answer)]
@@ -112,17 +112,22 @@ def prompt_seed(fingerprint: str, prompt_id: str) -> int:
     return int.from_bytes(raw, "little")
 
 
-def completions_path(fingerprint: str, shard: str, samples: Range) -> str:
-    return f"completions/{fingerprint}/{shard}.{samples[0]}-{samples[1]}.parquet"
+def completions_path(fingerprint: str, prompts: str, samples: Range) -> str:
+    """prompts: digest of the shard's prompt ids."""
+    return f"completions/{fingerprint}/{prompts}.{samples[0]}-{samples[1]}.parquet"
+
+
+def samples_in(path: str) -> Range:
+    """The range of samples that a file of completions or rewards holds."""
+    first, _, last = path.split(".")[-2].partition("-")
+    return int(first), int(last)
 
 
 def existing_ranges(store: Store, below: str) -> dict[str, list[Range]]:
     """Shard -> ranges of samples that have a file below a prefix, in order."""
     ranges = defaultdict(list)
     for path in store.list(below):
-        shard, span, _ = path.rsplit("/", 1)[-1].split(".")
-        first, last = span.split("-")
-        ranges[shard].append((int(first), int(last)))
+        ranges[path.rsplit("/", 1)[-1].partition(".")[0]].append(samples_in(path))
     return {shard: sorted(found) for shard, found in ranges.items()}
 
 
@@ -131,12 +136,10 @@ def missing_ranges(store: Store, fingerprint: str, shards: list[dict[str, Any]],
     there = existing_ranges(store, f"completions/{fingerprint}")
     items = []
     for shard in shards:
-        gaps = gaps_in(there.get(shard["digest"], []), samples)
+        gaps = gaps_in(there.get(shard["prompts"], []), samples)
         for first, last in gaps:
-            final = (first, last) == gaps[-1]
-            items.append(
-                {"shard": shard["digest"], "rows": shard["rows"], "first": first, "last": last, "final": final}
-            )
+            names = {"shard": shard["digest"], "prompts": shard["prompts"], "rows": shard["rows"]}
+            items.append({**names, "first": first, "last": last, "final": (first, last) == gaps[-1]})
     return items
 
 
@@ -192,8 +195,8 @@ def _count(
         mine: Counter[str] = Counter()
         there = existing_ranges(store, f"completions/{fingerprint}")
         for shard in shards:
-            samples, _ = covering(there[shard["digest"]], config.samples)[0]
-            refused = store.read_table(completions_path(fingerprint, shard["digest"], samples), ["refused"])["refused"]
+            samples, _ = covering(there[shard["prompts"]], config.samples)[0]
+            refused = store.read_table(completions_path(fingerprint, shard["prompts"], samples), ["refused"])["refused"]
             for entry in pc.value_counts(refused.drop_null()).to_pylist():
                 mine[f"refused: {entry['values'].split(':')[0]}"] += entry["counts"]
         _check_refused(config, name, mine.total(), prompts.counts.out, str(dict(mine)))

@@ -74,7 +74,11 @@ def _pointer(inputs: str) -> str:
 
 
 def shards_of(store: Store, prompts: PromptSet) -> list[dict[str, Any]]:
-    """The shards of a prompt set in order: [{"digest": ..., "rows": ...}]."""
+    """The shards of a prompt set in order: [{"digest": of its rows, "prompts": of its prompt ids, "rows": how many}].
+
+    Completions depend on the prompts alone: they stand under `prompts`, so that another source label or a further kept
+    column does not pay for them again.
+    """
     return store.read_json(f"prompts/{prompts.digest}/manifest.json")["shards"]
 
 
@@ -116,7 +120,7 @@ def _read(
     writer.flush()
     counts = Counts(into, writer.rows, dict(dropped))
     _check_share(config, counts, lambda: examples)
-    set_digest = digest([shard["digest"] for shard in writer.shards])
+    set_digest = digest(writer.shards)
     store.create_json(f"prompts/{set_digest}/manifest.json", {"shards": writer.shards})
     return PromptSet(set_digest, counts, Work(shards_made=len(writer.shards))), quarantine.close()
 
@@ -223,7 +227,8 @@ class _ShardWriter:
         if not self.open:
             return
         name = digest(self.open)
-        shard = {"digest": name, "rows": len(self.open)}
+        ids = [row["prompt_id"] for row in self.open]
+        shard = {"digest": name, "prompts": digest(ids), "rows": len(self.open)}
         self.store.create_table(shard_path(name), pa.Table.from_pylist(self.open, schema=PROMPTS))
         self.shards.append(shard)
         self.open = []

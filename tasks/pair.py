@@ -23,7 +23,7 @@ from tasks.config import PairingConfig
 from tasks.generate import completions_path, covering, existing_ranges
 from tasks.ingest import read_shard, shards_of
 from tasks.progress import Meter, Report, silent
-from tasks.records import DROPS, PAIRS, SCHEMA_VERSION, Completions, Counts, Pairs, Rewards, Work, digest
+from tasks.records import DROPS, FILE, PAIRS, SCHEMA_VERSION, Completions, Counts, Pairs, Rewards, Work, digest
 from tasks.score import rewards_path
 from tasks.selection.pairing import KEPT, Choice, best_vs_worst, generator_delta
 from tasks.selection.pvar import PooledScale, pvar
@@ -72,13 +72,14 @@ class ShardColumns:
     """One prompt shard as arrays; a column is one sample of one generator.
 
     rewards: [prompts, columns], NaN where there is none; texts: digests, tokens: lengths, present: whether there is a
-    sample, all of the same shape.
+    sample, all of the same shape; files: of completions, per column.
     """
 
     rewards: NDArray[np.float64]
     texts: NDArray[np.int64]
     tokens: NDArray[np.int32]
     present: NDArray[np.bool_]
+    files: list[str]
 
 
 class Columns:
@@ -93,22 +94,26 @@ class Columns:
     def name(self, column: int) -> str:
         return self.generators[column // self.samples]
 
-    def read(self, shard: str) -> ShardColumns:
+    def read(self, shard: dict[str, Any]) -> ShardColumns:
         rewards, texts, tokens, present = [], [], [], []
+        files: list[str] = []
         for fingerprint, ranges in zip(self.fingerprints, self.ranges, strict=True):
-            for (first, last), part in covering(ranges[shard], self.samples):
-                source = completions_path(fingerprint, shard, (first, last))
+            # A scorer names all its files by one of the two; see tasks/score.py.
+            rated = shard["prompts"] if shard["prompts"] in ranges else shard["digest"]
+            for (first, last), part in covering(ranges[rated], self.samples):
+                source = completions_path(fingerprint, shard["prompts"], (first, last))
                 made = self.store.read_table(source, ["text_digests", "tokens"])
                 scored = self.store.read_table(
-                    rewards_path(self.scorer, fingerprint, shard, (first, last)), ["rewards"]
+                    rewards_path(self.scorer, fingerprint, rated, (first, last)), ["rewards"]
                 )
                 width = last - first
+                files += [source] * (part.stop - part.start)
                 here, digests = dense(made["text_digests"], width, 0)
                 present.append(here[:, part])
                 texts.append(digests[:, part])
                 tokens.append(dense(made["tokens"], width, 0)[1][:, part])
                 rewards.append(dense(scored["rewards"], width, np.nan)[1][:, part])
-        return ShardColumns(np.hstack(rewards), np.hstack(texts), np.hstack(tokens), np.hstack(present))
+        return ShardColumns(np.hstack(rewards), np.hstack(texts), np.hstack(tokens), np.hstack(present), files)
 
 
 def dense(lists: pa.ChunkedArray, width: int, fill: Any) -> tuple[NDArray[np.bool_], NDArray[Any]]:
@@ -127,7 +132,7 @@ def dense(lists: pa.ChunkedArray, width: int, fill: Any) -> tuple[NDArray[np.boo
 def _pooled_scale(columns: Columns, shards: list[dict[str, Any]]) -> float:
     pooled = PooledScale()
     for shard in shards:
-        pooled.add(columns.read(shard["digest"]).rewards)
+        pooled.add(columns.read(shard).rewards)
     return pooled.value
 
 
@@ -143,7 +148,7 @@ def _write(
         pq.ParquetWriter(folder / "drops.parquet", DROPS, compression="zstd") as drops,
     ):
         for index, shard in enumerate(shards):
-            arrays = columns.read(shard["digest"])
+            arrays = columns.read(shard)
             choice = _choose(config, columns, arrays)
             variance = pvar(arrays.rewards, scale)
             prompts = read_shard(columns.store, shard["digest"], ["prompt_id", "source"])
@@ -212,8 +217,10 @@ def _pairs_table(
         pa.array(kept, pa.int32()),
         prompts["source"].take(kept).combine_chunks(),
         pa.array([columns.name(c) for c in chosen], pa.string()),
+        pa.array([arrays.files[c] for c in chosen], FILE),
         pa.array(chosen % columns.samples, pa.int32()),
         pa.array([columns.name(c) for c in rejected], pa.string()),
+        pa.array([arrays.files[c] for c in rejected], FILE),
         pa.array(rejected % columns.samples, pa.int32()),
         pa.array(best, from_pandas=True),
         pa.array(worst, from_pandas=True),

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tasks import models
 from tasks.card import dataset_card
 from tasks.config import PublishConfig, SubsetConfig
-from tasks.generate import completions_path, covering, existing_ranges
+from tasks.generate import samples_in
 from tasks.ingest import read_shard, shards_of
 from tasks.pair import iter_pairs
 from tasks.progress import Meter, Report, silent
@@ -143,25 +143,21 @@ class _Texts:
     """Looks up prompts and completions of one shard at a time."""
 
     def __init__(self, selection: Selection, store: Store) -> None:
-        completions = selection.pairs.rewards.completions
-        self.store, self.samples = store, completions.samples
-        self.generators = completions.generators
-        self.shards = shards_of(store, completions.prompts)
-        self.ranges = {name: existing_ranges(store, f"completions/{fp}") for name, fp in self.generators.items()}
+        self.store = store
+        self.shards = shards_of(store, selection.pairs.rewards.completions.prompts)
 
     def join(self, shard: int, pairs: pa.Table) -> pa.Table:
         name = self.shards[shard]["digest"]
         prompts = read_shard(self.store, name, ["messages"])["messages"].take(pairs["row"])
-        texts = {
-            generator: self._read(generator, name)
-            for generator in {*pairs["chosen_generator"].to_pylist(), *pairs["rejected_generator"].to_pylist()}
-        }
+        files = {*pairs["chosen_file"].to_pylist(), *pairs["rejected_file"].to_pylist()}
+        texts = {file: self.store.read_table(file, ["texts"])["texts"].to_pylist() for file in files}
 
         def side(which: str) -> list[list[dict[str, str]]]:
-            columns = [pairs[f"{which}_generator"], pairs["row"], pairs[f"{which}_sample"]]
+            columns = [pairs[f"{which}_file"], pairs["row"], pairs[f"{which}_sample"]]
             places = zip(*(column.to_pylist() for column in columns), strict=True)
             return [
-                [{"role": "assistant", "content": texts[generator][row][sample]}] for generator, row, sample in places
+                [{"role": "assistant", "content": texts[file][row][sample - samples_in(file)[0]]}]
+                for file, row, sample in places
             ]
 
         columns = {
@@ -172,12 +168,3 @@ class _Texts:
             **{column: pairs[column] for column in _COPIED},
         }
         return pa.table({column: columns[column] for column in PREFERENCES.names}, schema=PREFERENCES)
-
-    def _read(self, generator: str, shard: str) -> list[list[str]]:
-        """Texts of samples 0..samples-1 of each row."""
-        rows: list[list[str]] = []
-        for samples, part in covering(self.ranges[generator][shard], self.samples):
-            path = completions_path(self.generators[generator], shard, samples)
-            read = [texts[part] for texts in self.store.read_table(path, ["texts"])["texts"].to_pylist()]
-            rows = [old + new for old, new in zip(rows, read, strict=True)] if rows else read
-        return rows

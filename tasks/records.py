@@ -17,9 +17,11 @@ import pyarrow as pa
 
 from tasks.errors import RunError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+FILE = pa.dictionary(pa.int32(), pa.string())  # a path in the store, the same for many rows
 
 PROMPTS = pa.schema(
     [
@@ -60,8 +62,10 @@ PAIRS = pa.schema(
         ("row", pa.int32()),
         ("source", pa.string()),
         ("chosen_generator", pa.string()),
+        ("chosen_file", FILE),  # of completions; the sample is the chosen_sample-th of the generator's
         ("chosen_sample", pa.int32()),
         ("rejected_generator", pa.string()),
+        ("rejected_file", FILE),
         ("rejected_sample", pa.int32()),
         ("score_chosen", pa.float64()),
         ("score_rejected", pa.float64()),

@@ -39,7 +39,7 @@ def score(
         s.name: models.remember_facts(models.scorer_facts(s, store), s.model or s.function, store) for s in scorers
     }
     files = list(_files(completions, store))
-    missing = {name: _missing(store, fingerprint, files) for name, fingerprint in fingerprints.items()}
+    missing = {s.name: _missing(store, s, fingerprints[s.name], files) for s in scorers}
     total = completions.counts.out * completions.samples * len(config.scorers)
     todo = sum(item["samples"] for items in missing.values() for item in items)
     meter = Meter(report, "score", total, "rewards", reused=max(total - todo, 0))
@@ -57,7 +57,7 @@ def score(
                 meter.add(counts["samples"])
 
             engine_seconds += run_pool(ScoreWorker, arguments, missing[scorer.name], scorer, on_done, address)
-    counts = _count(config, completions, fingerprints, files, store)
+    counts = _count(config, fingerprints, files, store)
     made = sum(map(len, missing.values()))
     work = Work(
         shards_made=made,
@@ -84,7 +84,7 @@ class ScoreWorker:
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         samples = (item["first"], item["last"])
-        source = completions_path(item["generator"], item["shard"], samples)
+        source = completions_path(item["generator"], item["prompts"], samples)
         prompts = await asyncio.to_thread(read_shard, self.store, item["shard"])
         texts = (await asyncio.to_thread(self.store.read_table, source, ["texts"]))["texts"].to_pylist()
         rows = prompts.to_pylist()
@@ -95,7 +95,7 @@ class ScoreWorker:
         answers = dict(zip(unique, await ask(rows, unique), strict=True))
         outcomes = [answers[place] for place in places]
         table = _table([row["prompt_id"] for row in rows], texts, outcomes)
-        path = rewards_path(self.fingerprint, item["generator"], item["shard"], samples)
+        path = _path(self.config, self.fingerprint, item)
         await asyncio.to_thread(self.store.create_table, path, table)
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         return {
@@ -121,8 +121,9 @@ class ScoreWorker:
             return f"function raised {type(error).__name__}: {error}"[:500].encode(errors="backslashreplace").decode()
 
 
-def rewards_path(scorer: str, generator: str, shard: str, samples: Range) -> str:
-    return f"rewards/{scorer}/{generator}/{shard}.{samples[0]}-{samples[1]}.parquet"
+def rewards_path(scorer: str, generator: str, rated: str, samples: Range) -> str:
+    """rated: digest of what the scorer saw of the shard's prompts (see `_path`)."""
+    return f"rewards/{scorer}/{generator}/{rated}.{samples[0]}-{samples[1]}.parquet"
 
 
 def _files(completions: Completions, store: Store) -> Any:
@@ -131,10 +132,11 @@ def _files(completions: Completions, store: Store) -> Any:
     for generator in completions.generators.values():
         there = existing_ranges(store, f"completions/{generator}")
         for shard in shards:
-            for (first, last), part in covering(there[shard["digest"]], completions.samples):
+            for (first, last), part in covering(there[shard["prompts"]], completions.samples):
                 yield {
                     "generator": generator,
                     "shard": shard["digest"],
+                    "prompts": shard["prompts"],
                     "first": first,
                     "last": last,
                     "wanted_from": part.start,  # of the file's samples; others were made for another run
@@ -143,13 +145,15 @@ def _files(completions: Completions, store: Store) -> Any:
                 }
 
 
-def _missing(store: Store, scorer: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    there = set(store.list(f"rewards/{scorer}"))
-    return [item for item in files if _path(scorer, item) not in there]
+def _missing(store: Store, scorer: ScorerConfig, fingerprint: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    there = set(store.list(f"rewards/{fingerprint}"))
+    return [item for item in files if _path(scorer, fingerprint, item) not in there]
 
 
-def _path(scorer: str, item: dict[str, Any]) -> str:
-    return rewards_path(scorer, item["generator"], item["shard"], (item["first"], item["last"]))
+def _path(scorer: ScorerConfig, fingerprint: str, item: dict[str, Any]) -> str:
+    """A model sees a prompt's messages alone; a function also its source and fields, so it rates a shard's rows."""
+    rated = item["shard"] if scorer.type == "function" else item["prompts"]
+    return rewards_path(fingerprint, item["generator"], rated, (item["first"], item["last"]))
 
 
 def _finite(value: float) -> float | str:
@@ -168,19 +172,14 @@ def _table(ids: list[str], texts: list[list[str]], outcomes: list[float | str]) 
     return pa.Table.from_pylist(rows, schema=REWARDS)
 
 
-def _count(
-    config: ScoreConfig,
-    completions: Completions,
-    fingerprints: dict[str, str],
-    files: list[dict[str, Any]],
-    store: Store,
-) -> Counts:
+def _count(config: ScoreConfig, fingerprints: dict[str, str], files: list[dict[str, Any]], store: Store) -> Counts:
     """Completions in and rewards out, over all scorers, from the files themselves."""
     into, dropped = 0, Counter[str]()
-    for name, fingerprint in fingerprints.items():
-        mine, example, seen = 0, "", 0
+    for scorer in config.scorers:
+        name, mine, example, seen = scorer.name, 0, "", 0
         for item in files:
-            column = store.read_table(_path(fingerprint, item), ["reasons"])["reasons"].combine_chunks()
+            path = _path(scorer, fingerprints[name], item)
+            column = store.read_table(path, ["reasons"])["reasons"].combine_chunks()
             reasons = pc.list_slice(column, item["wanted_from"], item["wanted_to"]).flatten()
             seen += len(reasons)
             for reason in reasons.drop_null().to_pylist():

@@ -80,8 +80,18 @@ def source_digest(config: IngestConfig) -> str:
             with open(path, "rb") as file:
                 hasher.update(hashlib.file_digest(file, "sha256").digest())
         else:
-            hasher.update(f"{path} {fs.ukey(path)}".encode())
+            hasher.update(_remote_digest(fs, path))
     return hasher.hexdigest()
+
+
+def _remote_digest(fs: Any, path: str) -> bytes:
+    """By the checksum that the server tells, so that a large file is read once only; else by the bytes."""
+    told = fs.info(path)
+    checksums = [str(told[name]) for name in ("ETag", "Content-MD5", "Digest") if told.get(name)]
+    if checksums:
+        return f"{path} {checksums}".encode()
+    with fs.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def format_of(config: IngestConfig) -> str:

@@ -3,18 +3,18 @@
 Any fsspec URL: a local folder or `s3://bucket/prefix` (credentials and endpoint from the usual AWS_* variables).
 A file appears whole or not at all, and what exists is never changed: `create` is a link of a finished local file, or
 one S3 put with If-None-Match. The first writer wins; the others see that it is there. Only `replace`, for the few
-pointers such as `latest.json`, overwrites.
+pointers such as `latest.json`, overwrites, and only `remove`, for old checkpoints, takes away.
 
-    prompts/<set>/manifest.json                             shards of a prompt set, quarantine beside it
-    prompts/shards/<shard>.parquet                          rows of one shard
-    prompts/sources/, prompts/heads/                        what a source gave; where its last set was cut
-    fingerprints/<fingerprint>.json                         what a generator's or scorer's fingerprint stands for
-    completions/<generator>/<shard>.<first>-<last>.parquet  samples first..last-1, one row a prompt
-    rewards/<scorer>/<generator>/<shard>.<first>-<last>.parquet
-    pairs/<digest>/                                         pairs, drops, selections
-    subsets/<name>/<version>/                               what people use
-    policies/<name>/<version>/                              what training made; checkpoints beside
-    evaluations/<digest>.json                               comparisons
+    prompts/<set>/manifest.json                               shards of a prompt set
+    prompts/shards/<shard>.parquet                            rows of one shard
+    prompts/sources/, prompts/heads/                          what a source gave; where its last set was cut
+    fingerprints/<fingerprint>.json                           what a generator's or scorer's fingerprint stands for
+    completions/<generator>/<prompts>.<first>-<last>.parquet  samples first..last-1, one row a prompt of a shard
+    rewards/<scorer>/<generator>/<rated>.<first>-<last>.parquet
+    pairs/<digest>/                                           pairs, drops, selections
+    subsets/<name>/<version>/                                 what people use
+    policies/<name>/<version>/                                what training made; checkpoints beside
+    evaluations/<digest>.json                                 comparisons
 """
 
 from __future__ import annotations
@@ -122,6 +122,10 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         self.fs.get_file(self.full(path), str(target))
         return target
+
+    def remove(self, path: str) -> None:
+        """Remove a file, or all files below a path. For what nothing refers to; what is published stays."""
+        self.fs.rm(self.full(path), recursive=True)
 
     # --- JSON and tables
 

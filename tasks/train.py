@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tasks.versions import (
 )
 
 _POLL = 1.0  # seconds
+_KEPT = 2  # checkpoints of a training, the last ones; an optimizer's state is larger than its model
 
 
 def train(config: TrainConfig, store: Store, report: Report = silent) -> Version:
@@ -85,6 +87,7 @@ class TrainWorker:
 
     def __init__(self, config: TrainConfig, subset: str, inputs: str, store_url: str) -> None:
         self.config, self.inputs = config, inputs
+        self.attempt = uuid.uuid4().hex[:12]  # two attempts at once, or one after the other, mix no files
         self.store = Store(store_url)
         self.subset = find_version(self.store, subset)
         self.state: tuple[int, int, float] = (0, 0, 0.0)
@@ -137,28 +140,37 @@ class TrainWorker:
             "subset_summary": read_manifest(self.store, self.subset)["content"]["summary"],
         }
 
-    # --- checkpoints: files first, complete.json last; a checkpoint without it is not there
+    # --- checkpoints: <attempt>/checkpoint-<step>/, files first, complete.json last; without it there is none
 
     @property
     def _checkpoints(self) -> str:
         return f"policies/{self.config.name}/checkpoints/{self.inputs}"
 
     def _save_checkpoint(self, folder: Path) -> None:
+        place = f"{self._checkpoints}/{self.attempt}/{folder.name}"
         files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "training_args.bin"]
         for file in files:
-            self.store.create_file(f"{self._checkpoints}/{folder.name}/{file.relative_to(folder)}", file)
+            self.store.create_file(f"{place}/{file.relative_to(folder)}", file)
         names = [str(file.relative_to(folder)) for file in files]
-        self.store.create(f"{self._checkpoints}/{folder.name}/complete.json", to_json({"files": names}))
+        self.store.create(f"{place}/complete.json", to_json({"files": names}))
+        for complete in self._complete()[:-_KEPT]:
+            self.store.remove(complete)  # first what says that it is whole
+            self.store.remove(complete.rpartition("/")[0])
 
     def _last_checkpoint(self, room: Path) -> Path | None:
-        complete = [path for path in self.store.list(self._checkpoints) if path.endswith("/complete.json")]
+        complete = self._complete()
         if not complete:
             return None
-        last = max(complete, key=lambda path: int(path.split("/")[-2].rpartition("-")[2]))
-        name = last.split("/")[-2]
-        for file in self.store.read_json(last)["files"]:
-            self.store.fetch(f"{self._checkpoints}/{name}/{file}", room / "resume" / name / file)
-        return room / "resume" / name
+        place = complete[-1].rpartition("/")[0]
+        target = room / "resume" / place.rpartition("/")[2]
+        for file in self.store.read_json(complete[-1])["files"]:
+            self.store.fetch(f"{place}/{file}", target / file)
+        return target
+
+    def _complete(self) -> list[str]:
+        """complete.json of every checkpoint that is whole, in the order of their steps."""
+        found = [path for path in self.store.list(self._checkpoints) if path.endswith("/complete.json")]
+        return sorted(found, key=lambda path: int(path.split("/")[-2].rpartition("-")[2]))
 
 
 def _card(content: dict[str, Any]) -> str:

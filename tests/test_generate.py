@@ -94,8 +94,8 @@ def test_only_the_missing_samples_of_a_shard_are_made(
 
 
 def test_the_last_missing_range_of_a_shard_is_marked(store: Store) -> None:
-    shards = [{"digest": "s", "rows": 16}]
-    store.create(completions_path("g", "s", (4, 8)), b"")
+    shards = [{"digest": "s", "prompts": "p", "rows": 16}]
+    store.create(completions_path("g", "p", (4, 8)), b"")
     (item,) = missing_ranges(store, "g", shards, 8)
     assert (item["first"], item["last"], item["final"]) == (0, 4, True)
 
@@ -116,7 +116,7 @@ def test_files_are_aligned_with_their_shards_and_complete(fake_run: Curated) -> 
     assert completions.counts.into == completions.counts.out == 80
     for fingerprint in completions.generators.values():
         for shard in shards:
-            table = store.read_table(completions_path(fingerprint, shard["digest"], (0, 4)))
+            table = store.read_table(completions_path(fingerprint, shard["prompts"], (0, 4)))
             assert table.schema.equals(COMPLETIONS)
             ids = read_shard(store, shard["digest"], ["prompt_id"])["prompt_id"].to_pylist()
             rows = table.to_pylist()
@@ -147,11 +147,11 @@ def test_a_prompt_has_the_same_completions_in_every_shard_and_order(fake_run: Cu
     turned = {}
     for shard in shards:
         asyncio.run(work(GenerateWorker(config, fingerprint, store.url), shard, (0, 4)))
-        table = store.read_table(completions_path(fingerprint, shard["digest"], (0, 4)))
+        table = store.read_table(completions_path(fingerprint, shard["prompts"], (0, 4)))
         turned.update(zip(table["prompt_id"].to_pylist(), table["texts"].to_pylist(), strict=True))
     straight = {}
     for shard in shards_of(fake_run.store, fake_run.prompts):
-        path = completions_path(fingerprint, shard["digest"], (0, 4))
+        path = completions_path(fingerprint, shard["prompts"], (0, 4))
         table = fake_run.store.read_table(path)
         straight.update(zip(table["prompt_id"].to_pylist(), table["texts"].to_pylist(), strict=True))
     assert turned == straight
@@ -169,8 +169,8 @@ def test_a_file_that_another_run_has_made_meanwhile_is_left_alone(fake_run: Cura
 
 async def work(worker: GenerateWorker, shard: dict[str, Any], samples: tuple[int, int]) -> dict[str, Any]:
     first, last = samples
-    item = {"shard": shard["digest"], "rows": shard["rows"], "first": first, "last": last, "final": True}
-    return await worker.work(item)
+    names = {"shard": shard["digest"], "prompts": shard["prompts"], "rows": shard["rows"]}
+    return await worker.work({**names, "first": first, "last": last, "final": True})
 
 
 # --- both engines
@@ -394,7 +394,7 @@ def test_a_stage_with_a_real_model_writes_what_its_engine_says(tiny_run: Any, ti
     assert completions.work.samples == 21
     engine = tiny_engine(tiny_models)
     for shard in shards_of(store, prompt_set):
-        rows = store.read_table(completions_path(completions.generators["tiny"], shard["digest"], (0, 3))).to_pylist()
+        rows = store.read_table(completions_path(completions.generators["tiny"], shard["prompts"], (0, 3))).to_pylist()
         for prompt, row in zip(read_shard(store, shard["digest"]).to_pylist(), rows, strict=True):
             assert row["prompt_id"] == prompt["prompt_id"]
             if row["refused"]:

@@ -41,8 +41,8 @@ def samples_of(run: Curated, generator: str) -> list[dict[str, Any]]:
     fingerprint = run.completions.generators[generator]
     entries = []
     for shard in shards_of(store, run.prompts):
-        made = store.read_table(completions_path(fingerprint, shard["digest"], (0, 4))).to_pylist()
-        scored = store.read_table(rewards_path(scorer, fingerprint, shard["digest"], (0, 4))).to_pylist()
+        made = store.read_table(completions_path(fingerprint, shard["prompts"], (0, 4))).to_pylist()
+        scored = store.read_table(rewards_path(scorer, fingerprint, shard["prompts"], (0, 4))).to_pylist()
         for prompt, completion, reward in zip(
             read_shard(store, shard["digest"]).to_pylist(), made, scored, strict=True
         ):
@@ -174,8 +174,8 @@ def odd_rewards(fake_run: Curated, store: Store) -> Rewards:
         )
         reasons = [None if reward is not None else "not finite: nan" for reward in rewards]
         scored.append({"prompt_id": prompt_id, "rewards": rewards, "reasons": reasons})
-    store.create_table(completions_path("g", shard["digest"], (0, 3)), pa.Table.from_pylist(rows, schema=COMPLETIONS))
-    store.create_table(rewards_path("s", "g", shard["digest"], (0, 3)), pa.Table.from_pylist(scored, schema=REWARDS))
+    store.create_table(completions_path("g", shard["prompts"], (0, 3)), pa.Table.from_pylist(rows, schema=COMPLETIONS))
+    store.create_table(rewards_path("s", "g", shard["prompts"], (0, 3)), pa.Table.from_pylist(scored, schema=REWARDS))
     prompt_set = dataclasses.replace(fake_run.prompts, digest="odd", counts=Counts(8, 8))
     completions = dataclasses.replace(fake_run.completions, prompts=prompt_set, samples=3, generators={"g": "g"})
     return dataclasses.replace(fake_run.rewards, completions=completions, scorers={"s": "s"})

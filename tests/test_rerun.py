@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.config import ScorerConfig
+from tasks.config import PairingConfig, ScorerConfig
 from tasks.generate import completions_path, generate
 from tasks.ingest import ingest, shards_of
+from tasks.pair import pair
 from tasks.score import score
 from tasks.store import Store
 from tests.conftest import Curated, copy_store, curate_stages, files_below, prompts, write_jsonl
@@ -58,7 +59,7 @@ def test_more_samples_cost_only_the_further_ones(fake_run: Curated, tmp_path: Pa
     assert {path: after[path] for path in before} == before
     fingerprint = completions.generators["weak"]
     for shard in shards_of(store, fake_run.prompts):
-        assert store.exists(completions_path(fingerprint, shard["digest"], (4, 8)))
+        assert store.exists(completions_path(fingerprint, shard["prompts"], (4, 8)))
     assert generate(config, fake_run.prompts, store).work.requests == 0
     fewer = generate(config.model_copy(update={"samples": 6}), fake_run.prompts, store)
     assert (fewer.work.requests, score(fake_run.config.score, fewer, store).counts.out) == (0, 240)
@@ -99,6 +100,29 @@ def test_more_prompts_cost_only_the_new_ones(fake_run: Curated, tmp_path: Path) 
     assert rewards.counts.out == 200
     after = files_below(Path(store.url) / "completions")
     assert {path: after[path] for path in before} == before
+
+
+def test_another_source_label_or_kept_column_costs_only_functions(fake_run: Curated, tmp_path: Path) -> None:
+    """A model sees the messages alone; a function sees source and kept columns too."""
+    store = copy_store(fake_run.store, tmp_path / "store")
+    rows = [{**row, "source": "another", "answer": index} for index, row in enumerate(prompts(40))]
+    source = write_jsonl(tmp_path / "labelled.jsonl", rows)
+    (tmp_path / "answer.py").write_text("def score(prompt, text):\n    return prompt.fields['answer']\n")
+    answer = ScorerConfig(name="answer", type="function", function=f"{tmp_path}/answer.py:score")
+    columns = fake_run.config.ingest.columns.model_copy(update={"keep": ["answer"]})
+    ingest_config = fake_run.config.ingest.model_copy(update={"source": str(source), "columns": columns})
+    prompt_set = ingest(ingest_config, store)
+    assert prompt_set.digest != fake_run.prompts.digest
+    completions = generate(fake_run.config.generate, prompt_set, store)
+    scorers = [*fake_run.config.score.scorers, answer]
+    rewards = score(fake_run.config.score.model_copy(update={"scorers": scorers}), completions, store)
+    assert (completions.work.engine_starts, completions.work.requests) == (0, 0)
+    assert (rewards.work.engine_starts, rewards.work.samples) == (1, 320)
+    table = pair(fake_run.config.pair[0], rewards, store)
+    sources = store.read_table(f"pairs/{table.digest}/pairs.parquet", ["source"])["source"].to_pylist()
+    assert set(sources) == {"another"}
+    by_answer = pair(PairingConfig(name="answers", scorer="answer"), rewards, store)
+    assert by_answer.counts.dropped == {"rewards tie": 40}
 
 
 # --- the command

@@ -51,7 +51,13 @@ def score_in_process(config: ScorerConfig, completions: Completions, store: Stor
     """A worker's counts for every file of completions, as an actor would make them."""
     worker = ScoreWorker(config, scorer_fingerprint(config, store), store.url)
     items = [
-        {"generator": generator, "shard": shard["digest"], "first": 0, "last": completions.samples}
+        {
+            "generator": generator,
+            "shard": shard["digest"],
+            "prompts": shard["prompts"],
+            "first": 0,
+            "last": completions.samples,
+        }
         for generator in completions.generators.values()
         for shard in shards_of(store, completions.prompts)
     ]
@@ -67,12 +73,13 @@ def rewards_of(config: ScorerConfig, completions: Completions, store: Store) -> 
     fingerprint, samples = scorer_fingerprint(config, store), (0, completions.samples)
     rows = []
     for generator in completions.generators.values():
-        for shard in (shard["digest"] for shard in shards_of(store, completions.prompts)):
-            made = store.read_table(completions_path(generator, shard, samples)).to_pylist()
-            scored = store.read_table(rewards_path(fingerprint, generator, shard, samples))
+        for shard in shards_of(store, completions.prompts):
+            made = store.read_table(completions_path(generator, shard["prompts"], samples)).to_pylist()
+            rated = shard["digest" if config.type == "function" else "prompts"]
+            scored = store.read_table(rewards_path(fingerprint, generator, rated, samples))
             assert scored.schema.equals(REWARDS)
             for prompt, completion, reward in zip(
-                read_shard(store, shard).to_pylist(), made, scored.to_pylist(), strict=True
+                read_shard(store, shard["digest"]).to_pylist(), made, scored.to_pylist(), strict=True
             ):
                 assert prompt["prompt_id"] == completion["prompt_id"] == reward["prompt_id"]
                 rows.append({**prompt, **completion, **reward})
@@ -221,8 +228,8 @@ def with_files(config: GenerateConfig, prompt_set: Any, store: Store) -> None:
     for generator in config.generators:
         worker = GenerateWorker(generator, generator_fingerprint(generator, store), store.url)
         for shard in shards_of(store, prompt_set):
-            item = {"shard": shard["digest"], "rows": shard["rows"], "first": 0, "last": config.samples, "final": True}
-            asyncio.run(worker.work(item))
+            item = {"shard": shard["digest"], "prompts": shard["prompts"], "rows": shard["rows"]}
+            asyncio.run(worker.work({**item, "first": 0, "last": config.samples, "final": True}))
 
 
 def test_a_reward_model_that_gives_nan_fails_and_its_successor_needs_no_new_completions(

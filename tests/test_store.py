@@ -56,6 +56,15 @@ def test_the_digest_of_a_file_is_that_of_its_bytes(store: Store) -> None:
     assert store.sha256("big.bin") == hashlib.sha256(data).hexdigest()
 
 
+def test_remove_takes_a_file_or_what_lies_below_a_path(store: Store) -> None:
+    for path in ("a/one", "a/b/two", "a/b/c/three", "ab/four"):
+        store.create(path, b"1")
+    store.remove("a/b")
+    assert store.list("") == ["a/one", "ab/four"]
+    store.remove("a/one")
+    assert store.list("") == ["ab/four"]
+
+
 def test_replace_writes_over_what_was_there(store: Store) -> None:
     store.replace("latest.json", b"1")
     store.replace("latest.json", b"2")

@@ -80,10 +80,12 @@ def test_a_job_that_lost_its_end_goes_on_from_the_last_checkpoint_to_the_same_we
     tuned = Path(cut.url) / "policies" / config.name
     for lost in (version.version, "builds"):
         shutil.rmtree(tuned / lost)
-    (checkpoints,) = (tuned / "checkpoints").iterdir()
-    assert sorted(folder.name for folder in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    shutil.rmtree(checkpoints / "checkpoint-6")
+    (attempt,) = (tuned / "checkpoints").glob("*/*")
+    assert sorted(folder.name for folder in attempt.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    shutil.rmtree(attempt / "checkpoint-6")
     resumed = train(config.model_copy(update={"store": cut.url}), cut)
+    (second,) = [folder for folder in attempt.parent.iterdir() if folder != attempt]
+    assert [folder.name for folder in second.iterdir()] == ["checkpoint-6"]
     weights = [
         next(file["sha256"] for file in read_manifest(s, v)["content"]["files"] if file["path"].endswith("safetensors"))
         for s, v in ((store, version), (cut, resumed))
@@ -96,9 +98,9 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(trained: Any, tmp_path: 
 
     config, store, _ = trained
     cut = copy_store(store, tmp_path / "store")
-    (checkpoints,) = (Path(cut.url) / "policies" / config.name / "checkpoints").iterdir()
-    (checkpoints / "checkpoint-6" / "complete.json").unlink()
-    worker = TrainWorker(config, "delta", checkpoints.name, cut.url)
+    (attempt,) = (Path(cut.url) / "policies" / config.name / "checkpoints").glob("*/*")
+    (attempt / "checkpoint-6" / "complete.json").unlink()
+    worker = TrainWorker(config, "delta", attempt.parent.name, cut.url)
     assert worker._last_checkpoint(tmp_path / "room").name == "checkpoint-4"
 
 

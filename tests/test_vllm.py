@@ -123,4 +123,4 @@ def _rewards(rewards: Any, scorer: str, prompts: Any, store: Store) -> np.ndarra
     from tasks.ingest import shards_of
 
     columns = Columns(["policy"], rewards.completions, rewards.scorers[scorer], store)
-    return np.concatenate([columns.read(shard["digest"]).rewards for shard in shards_of(store, prompts)])
+    return np.concatenate([columns.read(shard).rewards for shard in shards_of(store, prompts)])
