@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from tasks.cluster import disconnecting
 from tasks.errors import ConfigError
 
 WORLD = Path(".prefsieve/tinyworld")
@@ -22,7 +23,7 @@ SUBSETS = ("pvar-top", "pvar-random", "pvar-bottom")
 def run_demo() -> dict[str, Any]:
     """curate once; then train and evaluate a policy per on-policy subset, the random control among them."""
     started = time.monotonic()
-    with _in_clone():
+    with _in_clone(), disconnecting():  # one Ray for all flows
         importlib.import_module("examples.tinyworld.build").build(WORLD)
         from flows.curate import curate
         from flows.evaluate import evaluate

@@ -42,7 +42,6 @@ def train(
         trained = stages.train(config, url)
     content = read_manifest(Store(url), trained)["content"]
     steps = [json.loads(line) for line in Store(url).read(f"{trained.place}/metrics.jsonl").splitlines()]
-    steps = [step for step in steps if "loss" in step]
     report = {
         "store": Store(url).url,
         "policy": str(trained),

@@ -10,10 +10,13 @@ import contextlib
 import importlib
 import logging
 import os
+import queue
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tasks.config import ModelConfig, PolicyConfig
@@ -21,6 +24,8 @@ from tasks.errors import ConfigError, RunError
 
 # Shards in flight per actor: one decodes, the next waits inside the engine, a third is read or written.
 IN_FLIGHT = 3
+
+_blocks = 0  # of `disconnecting`, in each other
 
 _WORKER_ENVIRONMENT = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PREFSIEVE_STORE", "XDG_CACHE_HOME")
 
@@ -58,58 +63,105 @@ def connect(address: str = "local") -> Any:
 
 @contextlib.contextmanager
 def disconnecting() -> Iterator[None]:
-    """Leave Ray after a block, if the block was what started or joined it."""
-    ray = sys.modules.get("ray")
-    had = ray is not None and ray.is_initialized()
+    """Leave Ray after a block, if the block was what started or joined it. Of nested blocks, the outermost does."""
+    global _blocks
+    had = _has_ray()
+    _blocks += 1
     try:
         yield
     finally:
-        ray = sys.modules.get("ray")
-        if ray is not None and ray.is_initialized() and not had:
-            ray.shutdown()
+        _blocks -= 1
+        if _has_ray() and not had and not _blocks:
+            sys.modules["ray"].shutdown()
 
 
-def run_pool(
-    worker: type,
-    arguments: tuple[Any, ...],
-    items: list[dict[str, Any]],
-    config: ModelConfig,
-    on_done: Callable[[dict[str, Any]], None],
-    address: str = "local",
-) -> float:
-    """Let `config.workers` actors work through the items; on_done gets each item's counts as it is finished.
+def _has_ray() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors that hold one engine each, and the items they are to work through.
+
+    `worker(*arguments)` is called in each of `config.workers` actors; `worker.work(item) -> dict` is awaited there,
+    IN_FLIGHT items at a time; `on_done` gets each item's answer, here, as it comes.
+    """
+
+    worker: type
+    arguments: tuple[Any, ...]
+    items: list[dict[str, Any]]
+    config: ModelConfig
+    on_done: Callable[[dict[str, Any]], None]
+
+
+def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
+    """Work through all pools, side by side as far as the cluster has room.
 
     Returns the seconds from the first engine being ready to the last item being done.
-    `worker(*arguments)` is called in each actor; `worker.work(item) -> dict` is awaited, IN_FLIGHT items at a time.
     """
+    if not pools:
+        return 0.0
     ray = connect(address)
+    for pool in pools:
+        check_room(ray, pool.config)
+    answers: queue.SimpleQueue[tuple[Pool, Any]] = queue.SimpleQueue()
+    stopped = threading.Event()
+    for pool in pools:
+        arguments = (ray, pool, _dataset(ray, pool), answers, stopped)
+        threading.Thread(target=_drive, args=arguments, name="pool", daemon=True).start()
+    ready, last, running = float("inf"), 0.0, len(pools)
+    try:
+        while running:
+            pool, answer = answers.get()
+            if answer is None:
+                running -= 1
+            elif isinstance(answer, BaseException):
+                raise answer
+            elif answer["error"]:
+                raise RunError(answer["error"])
+            else:
+                ready, last = min(ready, answer["ready_at"]), max(last, answer["done_at"])
+                pool.on_done(answer)
+    finally:
+        stopped.set()
+    return last - ready
+
+
+def _dataset(ray: Any, pool: Pool) -> Any:
+    """A pool as Ray Data sees it; nothing runs before it is iterated over."""
     importlib.import_module("ray.data")
-    check_room(ray, config)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # max_concurrency has no named parameter in 2.60
-        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        return ray.data.from_items(pool.items, override_num_blocks=len(pool.items)).map_batches(
             _Actor,
-            fn_constructor_args=(worker, arguments),
+            fn_constructor_args=(pool.worker, pool.arguments),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
-                size=min(config.workers, len(items)), max_tasks_in_flight_per_actor=IN_FLIGHT
+                size=min(pool.config.workers, len(pool.items)), max_tasks_in_flight_per_actor=IN_FLIGHT
             ),
-            num_cpus=config.cpus,
-            num_gpus=config.gpus or None,
+            num_cpus=pool.config.cpus,
+            num_gpus=pool.config.gpus or None,
             max_concurrency=IN_FLIGHT,
         )
-    ready, last = float("inf"), 0.0
-    with reraise(ray):
-        for row in done.iter_rows():
-            if row["error"]:
-                raise RunError(row["error"])
-            ready, last = min(ready, row["ready_at"]), max(last, row["done_at"])
-            on_done(row)
-    return last - ready
+
+
+def _drive(ray: Any, pool: Pool, done: Any, answers: Any, stopped: threading.Event) -> None:
+    """Pass on each item's answer, then None, or the error that ended it."""
+    try:
+        with reraise(ray):
+            for row in done.iter_rows():
+                if stopped.is_set():
+                    return
+                answers.put((pool, row))
+    except BaseException as error:  # of a thread: whoever reads the answers raises it
+        answers.put((pool, error))
+    else:
+        answers.put((pool, None))
 
 
 class _Actor:

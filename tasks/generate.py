@@ -10,13 +10,14 @@ import asyncio
 import hashlib
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import models
-from tasks.cluster import run_pool
+from tasks.cluster import Pool, run_pools
 from tasks.config import GenerateConfig, GeneratorConfig
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.loop import EngineLoop, Refused
@@ -42,20 +43,19 @@ def generate(
     todo = sum(item["rows"] for items in missing.values() for item in items if item["final"])
     meter = Meter(report, "generate", total, "prompts", reused=total - todo)
     totals: Counter[str] = Counter()
-    engine_seconds = 0.0
-    for generator in generators:
-        items = missing[generator.name]
-        if items:
-            arguments = (generator, fingerprints[generator.name], store.url)
 
-            def on_done(counts: dict[str, Any], name: str = generator.name) -> None:
-                totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
-                totals[f"refused by {name}"] += counts["refused"] if counts["final"] else 0
-                refused = totals[f"refused by {name}"]
-                _check_refused(config, name, refused, prompts.counts.out, counts["example"])
-                meter.add(counts["finished"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
+    def on_done(name: str, counts: dict[str, Any]) -> None:
+        totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
+        totals[f"refused by {name}"] += counts["refused"] if counts["final"] else 0
+        _check_refused(config, name, totals[f"refused by {name}"], prompts.counts.out, counts["example"])
+        meter.add(counts["finished"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
 
-            engine_seconds += run_pool(GenerateWorker, arguments, items, generator, on_done, address)
+    pools = [
+        Pool(GenerateWorker, (g, fingerprints[g.name], store.url), missing[g.name], g, partial(on_done, g.name))
+        for g in generators
+        if missing[g.name]
+    ]
+    engine_seconds = run_pools(pools, address)
     counts = _count(config, prompts, fingerprints, shards, store)
     made = sum(map(len, missing.values()))
     work = Work(

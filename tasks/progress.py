@@ -72,6 +72,8 @@ class Meter:
         elapsed = time.monotonic() - since
         if self.done > done and elapsed > 1:
             return (self.done - done) / elapsed
+        if self.total and self.done < self.total:
+            return 0.0  # the first units came with the start of the engine: that is no rate to go by
         return (self.done - self.reused) / max(self.seconds, 1e-3)
 
 

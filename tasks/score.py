@@ -11,13 +11,14 @@ import asyncio
 import math
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import models
-from tasks.cluster import run_pool
+from tasks.cluster import Pool, run_pools
 from tasks.config import ScoreConfig, ScorerConfig
 from tasks.engines import ScoringRequest, reward_engine
 from tasks.engines.loop import EngineLoop, Refused
@@ -45,18 +46,19 @@ def score(
     meter = Meter(report, "score", total, "rewards", reused=max(total - todo, 0))
     in_files = sum(item["samples"] for item in files)  # files may hold more samples than are wanted now
     totals: Counter[str] = Counter()
-    engine_seconds = 0.0
-    for scorer in scorers:
-        if missing[scorer.name]:
-            arguments = (scorer, fingerprints[scorer.name], store.url)
 
-            def on_done(counts: dict[str, Any], name: str = scorer.name, limit: float = in_files) -> None:
-                totals.update({key: counts[key] for key in ("requests", "samples", "engine_starts")})
-                totals[f"missing from {name}"] += counts["missing"]
-                _check_missing(config, name, totals[f"missing from {name}"], limit, counts["example"])
-                meter.add(counts["samples"])
+    def on_done(name: str, counts: dict[str, Any]) -> None:
+        totals.update({key: counts[key] for key in ("requests", "samples", "engine_starts")})
+        totals[f"missing from {name}"] += counts["missing"]
+        _check_missing(config, name, totals[f"missing from {name}"], in_files, counts["example"])
+        meter.add(counts["samples"])
 
-            engine_seconds += run_pool(ScoreWorker, arguments, missing[scorer.name], scorer, on_done, address)
+    pools = [
+        Pool(ScoreWorker, (s, fingerprints[s.name], store.url), missing[s.name], s, partial(on_done, s.name))
+        for s in scorers
+        if missing[s.name]
+    ]
+    engine_seconds = run_pools(pools, address)
     counts = _count(config, fingerprints, files, store)
     made = sum(map(len, missing.values()))
     work = Work(

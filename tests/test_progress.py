@@ -47,20 +47,20 @@ def test_the_rate_leaves_out_the_start_of_the_engine(clock: Clock) -> None:
     assert seen[-1].eta == pytest.approx((1000 - 210) / 20)
 
 
-def test_there_is_a_rate_from_the_first_units_on_and_none_before(clock: Clock) -> None:
+def test_there_is_a_rate_once_there_is_something_to_go_by(clock: Clock) -> None:
     seen: list[Progress] = []
     meter = Meter(seen.append, "score", 100, "rewards")
-    assert seen[0].rate == 0
-    assert seen[0].eta is None
     clock.now += 10
     meter.add(50)
-    assert seen[-1].rate == pytest.approx(5)
+    assert [(progress.rate, progress.eta) for progress in seen] == [(0, None), (0, None)]
+    meter.add(50)
+    assert seen[-1].rate == pytest.approx(10)
     assert meter.seconds == pytest.approx(10)
 
 
 def test_what_was_reused_makes_no_rate(clock: Clock) -> None:
     seen: list[Progress] = []
-    meter = Meter(seen.append, "generate", 1000, "prompts", reused=900)
+    meter = Meter(seen.append, "generate", 910, "prompts", reused=900)
     clock.now += 5
     meter.add(10)
     assert seen[-1].rate == pytest.approx(2)

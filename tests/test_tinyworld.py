@@ -106,9 +106,9 @@ def test_the_reward_model_mostly_agrees_with_the_verifier_and_its_gaps_are_of_us
 
     model = AutoModelForSequenceClassification.from_pretrained(tinyworld / "reward")
     tokenizer = AutoTokenizer.from_pretrained(tinyworld / "reward")
-    written = [sorted({t for texts in rows for t in texts}) for rows in zip(*sampled.values(), strict=True)]
+    written = [[text for texts in rows for text in texts] for rows in zip(*sampled.values(), strict=True)]
     logits = rewards(model, tokenizer, [item.prompt for item in items], written)
-    found = agreement(items, [dict(zip(*pair, strict=True)) for pair in zip(written, logits, strict=True)])
+    found = agreement(items, written, logits)
     assert found["pairs"] > 300
     assert 0.72 <= found["agreement"] < 1.0  # imperfect, as reward models are, and far from a coin
     assert 0.3 <= found["median_gap"] <= 5

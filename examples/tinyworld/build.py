@@ -57,7 +57,8 @@ class Recipe:
     branch_learning_rate: float = 2e-3
     reward_groups: int = 16  # per step, of four completions each
     reward_steps: int = 400
-    reward_learning_rate: float = 1e-3
+    reward_learning_rate: float = 1.6e-3  # of the layer and the head that are new
+    reward_trunk_learning_rate: float = 4e-4
     reward_prompts: int = 1500
     reward_samples: int = 2  # per prompt and generator
     calibration_samples: int = 8  # per held-out prompt and generator
@@ -149,7 +150,7 @@ def _train(folder: Path, recipe: Recipe, heldout: Sequence[task.Item], used: set
     print(f"sampling {len(texts)} prompts for the reward model", file=sys.stderr)
     drawn = [generators.sample(m, tokenizer, texts, recipe.reward_samples, recipe.seed + 6) for m in models.values()]
     written = [(item, [text for texts in rows for text in texts]) for item, *rows in zip(items, *drawn, strict=True)]
-    scorer = reward.train_reward(recipe, tokenizer, models["strong"], written)
+    scorer = reward.train_reward(recipe, tokenizer, models["policy"], written)
     for name, model in {**models, "reward": scorer}.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -1,7 +1,8 @@
 """What the built models do on held-out prompts: accuracy by length and source, rewards, the reward model's agreement.
 
-Agreement is the share of (right, wrong) pairs of completions of one prompt, over all generators, in which the reward
-model's logit puts the right one above the wrong one; equal texts count once. A gap is that difference of logits.
+Agreement is the share of (right, wrong) pairs of samples of one prompt, over all generators, in which the reward
+model's logit puts the right one above the wrong one. Most wrong samples are slips; counted over distinct texts, so that
+a rare fault weighs as much as a common one, agreement is lower. A gap is that difference of logits.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ def measure(
     """The table that world.json holds and the README shows."""
     prompts = [item.prompt for item in items]
     table: dict[str, Any] = {"generators": {}}
-    pools: list[dict[str, float]] = [{} for _ in items]
+    texts: list[list[str]] = [[] for _ in items]
+    values: list[list[float]] = [[] for _ in items]
     for name, model in models.items():
         completions = generators.sample(model, tokenizer, prompts, recipe.calibration_samples, recipe.seed + 9)
         logits = reward.rewards(scorer, tokenizer, prompts, completions)
-        for pool, texts, values in zip(pools, completions, logits, strict=True):
-            pool.update(zip(texts, values, strict=True))
+        for place, (row, rewards) in enumerate(zip(completions, logits, strict=True)):
+            texts[place] += row
+            values[place] += rewards
         table["generators"][name] = _describe(items, completions, logits)
-    table["reward_model"] = agreement(items, pools)
+    table["reward_model"] = agreement(items, texts, values)
     return table
 
 
@@ -62,20 +65,24 @@ def _describe(
     }
 
 
-def agreement(items: Sequence[task.Item], pools: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def agreement(
+    items: Sequence[task.Item], completions: Sequence[Sequence[str]], logits: Sequence[Sequence[float]]
+) -> dict[str, float]:
     """How often, and by how much, the reward model puts a right completion above a wrong one of the same prompt."""
-    gaps = sorted(
-        pool[item.answer] - value
-        for item, pool in zip(items, pools, strict=True)
-        if item.answer in pool
-        for text, value in pool.items()
-        if text != item.answer
-    )
+    gaps: list[float] = []
+    distinct: list[float] = []
+    for item, texts, values in zip(items, completions, logits, strict=True):
+        rewards = dict(zip(texts, values, strict=True))
+        right = texts.count(item.answer)
+        gaps += [rewards[item.answer] - rewards[text] for text in texts if text != item.answer] * right
+        distinct += [rewards[item.answer] - rewards[text] for text in rewards if text != item.answer and right]
+    gaps.sort()
     if not gaps:  # a world too small to have a right completion beside a wrong one
         return {"pairs": 0}
     return {
         "pairs": len(gaps),
         "agreement": round(share(gap > 0 for gap in gaps), 4),
+        "agreement_distinct_texts": round(share(gap > 0 for gap in distinct), 4),
         "median_gap": round(gaps[len(gaps) // 2], 2),
         "gap_5th_percentile": round(gaps[len(gaps) // 20], 2),
         "gap_95th_percentile": round(gaps[len(gaps) * 19 // 20], 2),

@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -85,10 +85,18 @@ def imitation_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Ten
 
 
 def optimise(
-    name: str, model: torch.nn.Module, step_loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
+    name: str,
+    model: torch.nn.Module,
+    step_loss: Callable[[], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    groups: list[dict[str, Any]] | None = None,
 ) -> None:
-    """`steps` of Adam on the loss that `step_loss` draws, a short warm-up and a cosine to zero, progress on stderr."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
+    """`steps` of Adam on the loss that `step_loss` draws, a short warm-up and a cosine to zero, progress on stderr.
+
+    groups: of parameters, where they do not all have the same learning rate.
+    """
+    optimiser = torch.optim.AdamW(groups or model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     warm = max(1, steps // 20)
 
     def rate(step: int) -> float:

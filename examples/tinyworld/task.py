@@ -94,8 +94,14 @@ def corrupt(rng: random.Random, text: str, alphabet: str) -> str:
 
 
 def spoil(rng: random.Random, text: str, alphabet: str) -> str:
-    """The text with one character replaced, dropped or doubled."""
-    place, kind = rng.randrange(len(text)), rng.choice(("replaced", "dropped", "doubled"))
-    if kind == "replaced":
-        return corrupt(rng, text, alphabet)
-    return text[:place] + (text[place] * 2 if kind == "doubled" else "") + text[place + 1 :]
+    """The text with one fault of the kind small models make: mostly a character written twice where another belongs."""
+    place = rng.randrange(len(text))
+    match rng.choices(("replaced", "repeated", "dropped", "doubled"), (2, 4, 1, 1))[0]:
+        case "replaced":
+            return corrupt(rng, text, alphabet)
+        case "repeated":
+            return text[:place] + rng.choice(text) + text[place + 1 :]
+        case "dropped":
+            return text[:place] + text[place + 1 :]
+        case _:
+            return text[:place] + text[place] + text[place:]

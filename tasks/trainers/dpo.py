@@ -59,9 +59,17 @@ def train_dpo(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(folder / "model"))
     (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody needs it, nobody should load it
-    with (folder / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+    steps = [_lasting(entry) for entry in trainer.state.log_history if "loss" in entry]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step, sort_keys=True) + "\n" for step in steps))
     return counts
+
+
+def _lasting(entry: dict[str, float]) -> dict[str, float]:
+    """A step's metrics that are the same however often training was interrupted: TRL counts tokens from the last start.
+
+    For the same reason the summary at the end, which holds times, is left out: a policy's version depends on no clock.
+    """
+    return {name: value for name, value in entry.items() if name != "num_tokens"}
 
 
 def _load_pairs(data: Path, tokenizer: Any, max_length: int, cache: Path) -> tuple[Dataset, Counts]:
