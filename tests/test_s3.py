@@ -77,7 +77,8 @@ def test_a_wrong_key_is_said_clearly(s3: SeaweedFS) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_curate_train_evaluate_and_verify_on_s3(s3: SeaweedFS, tmp_path: Path) -> None:
+def test_curate_train_evaluate_and_verify_on_s3(s3: SeaweedFS, prefect_api: str, tmp_path: Path) -> None:
+    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path / "prefect"), **s3.environment())
     world = build(ROOT / WORLD)
     url = f"s3://{s3.bucket}/whole"
     model = {"model": str(world / "policy"), "batch_size": 512, "sampling": {"temperature": 1.0, "max_tokens": 16}}
@@ -101,21 +102,22 @@ def test_curate_train_evaluate_and_verify_on_s3(s3: SeaweedFS, tmp_path: Path) -
         },
         "score": {"scorers": [verifier]},
     }
-    curated = run("curate", curate, url, s3, tmp_path)
+    curated = run("curate", curate, url, env, tmp_path)
     assert [subset["name"] for subset in curated["subsets"]] == ["top", "bottom"]
-    trained = run("train", train, url, s3, tmp_path)
+    trained = run("train", train, url, env, tmp_path)
     assert trained["steps"] == 6 and abs(trained["first"]["loss"] - 0.6931) < 1e-3
-    compared = run("evaluate", evaluate, url, s3, tmp_path)
+    compared = run("evaluate", evaluate, url, env, tmp_path)
     assert compared["prompts"] == 64 and 0 <= compared["scorers"]["verifier"]["win_rate"] <= 1
-    assert prefsieve("verify", "top", "--store", url, env=environment(**s3.environment())).returncode == 0
-    again = run("curate", curate, url, s3, tmp_path)
+    assert prefsieve("verify", "top", "--store", url, env=env).returncode == 0
+    again = run("curate", curate, url, env, tmp_path)
     assert again["subsets"] == curated["subsets"]
     assert sum(stage["engine_starts"] + stage["requests"] for stage in again["stages"]) == 0
 
 
-def run(flow: str, values: dict[str, Any], store: str, s3: SeaweedFS, folder: Path) -> dict[str, Any]:
+def run(flow: str, values: dict[str, Any], store: str, env: dict[str, str], folder: Path) -> dict[str, Any]:
     config = folder / f"{flow}.yaml"
     config.write_text(yaml.safe_dump(values))
-    done = prefsieve(flow, config, "--store", store, "--json", env=environment(**s3.environment()), timeout=500)
+    done = prefsieve(flow, config, "--store", store, "--json", env=env, timeout=500)
+    print(done.stderr)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)

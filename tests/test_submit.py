@@ -15,17 +15,14 @@ import pytest
 import yaml
 
 from flows.submit import absolute, entrypoint
-from tests.services import ROOT, RayHead, environment, prefect_server, prefsieve, ray_head
+from tests.services import ROOT, RayHead, environment, prefsieve, ray_head
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+def head(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
     """A Ray head whose jobs know a Prefect server and hold a credential that must not show anywhere."""
     folder = tmp_path_factory.mktemp("cluster")
-    with (
-        prefect_server(folder / "server") as api,
-        ray_head(folder / "ray", PREFECT_API_URL=api, AWS_SECRET_ACCESS_KEY="clusters-own-secret") as head,
-    ):
+    with ray_head(folder, PREFECT_API_URL=prefect_api, AWS_SECRET_ACCESS_KEY="clusters-own-secret") as head:
         yield head
 
 

@@ -73,9 +73,10 @@ def agreement(
     distinct: list[float] = []
     for item, texts, values in zip(items, completions, logits, strict=True):
         rewards = dict(zip(texts, values, strict=True))
-        right = texts.count(item.answer)
-        gaps += [rewards[item.answer] - rewards[text] for text in texts if text != item.answer] * right
-        distinct += [rewards[item.answer] - rewards[text] for text in rewards if text != item.answer and right]
+        if item.answer in rewards:
+            best = rewards.pop(item.answer)
+            distinct += [best - reward for reward in rewards.values()]
+            gaps += [best - rewards[text] for text in texts if text != item.answer] * texts.count(item.answer)
     gaps.sort()
     if not gaps:  # a world too small to have a right completion beside a wrong one
         return {"pairs": 0}
