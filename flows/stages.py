@@ -32,15 +32,13 @@ from tasks.config import (
     SubsetConfig,
     TrainConfig,
 )
+from tasks.errors import is_network_fault
 from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version
 from tasks.store import Store
 
 
 def _is_network_fault(task: Any, run: Any, state: Any) -> bool:
-    error = state.result(raise_on_failure=False)
-    if type(error).__module__.split(".")[0] in ("botocore", "aiohttp"):  # not OSErrors, and not imported for this
-        return True
-    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError | PermissionError)
+    return is_network_fault(state.result(raise_on_failure=False))
 
 
 _STAGE: dict[str, Any] = {

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.config import ModelConfig, PolicyConfig
-from tasks.errors import ConfigError, RunError
+from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
 
 # Shards in flight per actor: one decodes, the next waits inside the engine, a third is read or written.
 IN_FLIGHT = 3
@@ -119,7 +119,7 @@ def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
             elif isinstance(answer, BaseException):
                 raise answer
             elif answer["error"]:
-                raise RunError(answer["error"])
+                raise (Unreachable if answer["unreachable"] else RunError)(answer["error"])
             else:
                 ready, last = min(ready, answer["ready_at"]), max(last, answer["done_at"])
                 pool.on_done(answer)
@@ -172,24 +172,31 @@ class _Actor:
     """
 
     def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
-        self.error = ""
+        self.error, self.unreachable = "", False
         self.fresh = 1  # the first item reports that an engine was started
         try:
             self.worker = worker(*arguments)
         except Exception as error:
-            self.error = f"an engine did not start: {_said(error)}"
+            self.error, self.unreachable = f"an engine did not start: {_said(error)}", is_network_fault(error)
         self.ready_at = time.time()
 
     async def __call__(self, batch: dict[str, Any]) -> Any:
         item = {key: values[0].item() if hasattr(values[0], "item") else values[0] for key, values in batch.items()}
-        counts, error = {}, self.error
+        counts, error, unreachable = {}, self.error, self.unreachable
         if not error:
             try:
                 counts = await self.worker.work(item)
             except Exception as raised:
-                error = f"an engine failed: {_said(raised)}"
+                unreachable = is_network_fault(raised)
+                error = f"{'a server could not be reached' if unreachable else 'an engine failed'}: {_said(raised)}"
         starts, self.fresh = self.fresh, 0
-        about = {"error": error, "engine_starts": starts, "ready_at": self.ready_at, "done_at": time.time()}
+        about = {
+            "error": error,
+            "unreachable": unreachable,
+            "engine_starts": starts,
+            "ready_at": self.ready_at,
+            "done_at": time.time(),
+        }
         yield {key: [value] for key, value in {**counts, **about}.items()}
 
 
@@ -211,7 +218,9 @@ def reraise(ray: Any) -> Iterator[None]:
         yield
     except ray.exceptions.RayError as error:
         inner = getattr(error, "cause", None) or error
-        raise inner if isinstance(inner, ConfigError | RunError) else RunError(_said(inner)) from error
+        if isinstance(inner, ConfigError | RunError):
+            raise inner from error
+        raise (Unreachable if is_network_fault(inner) else RunError)(_said(inner)) from error
 
 
 def _said(error: BaseException) -> str:

@@ -233,7 +233,7 @@ def _pairs_table(
     return pa.table(values, schema=PAIRS)
 
 
-def iter_pairs(store: Store, pairs: Pairs, folder: Path) -> Iterator[pa.RecordBatch]:
+def iter_pairs(store: Store, pairs: Pairs, folder: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The table of pairs in pieces; `folder` is local room for a copy of the file."""
     local = store.fetch(f"pairs/{pairs.digest}/pairs.parquet", folder / f"{pairs.digest}.parquet")
-    yield from pq.ParquetFile(local).iter_batches(batch_size=16_384)
+    yield from pq.ParquetFile(local).iter_batches(batch_size=16_384, columns=columns)

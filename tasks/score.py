@@ -11,6 +11,7 @@ import asyncio
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -39,8 +40,8 @@ def score(
     fingerprints = {
         s.name: models.remember_facts(models.scorer_facts(s, store), s.model or s.function, store) for s in scorers
     }
-    files = list(_files(completions, store))
-    missing = {s.name: _missing(store, s, fingerprints[s.name], files) for s in scorers}
+    files = list(files_to_rate(completions, store))
+    missing = {s.name: missing_rewards(store, s, fingerprints[s.name], files) for s in scorers}
     total = completions.counts.out * completions.samples * len(config.scorers)
     todo = sum(item["samples"] for items in missing.values() for item in items)
     meter = Meter(report, "score", total, "rewards", reused=max(total - todo, 0))
@@ -128,7 +129,7 @@ def rewards_path(scorer: str, generator: str, rated: str, samples: Range) -> str
     return f"rewards/{scorer}/{generator}/{rated}.{samples[0]}-{samples[1]}.parquet"
 
 
-def _files(completions: Completions, store: Store) -> Any:
+def files_to_rate(completions: Completions, store: Store) -> Iterator[dict[str, Any]]:
     """The files of completions that hold the wanted samples, as items for the workers."""
     shards = shards_of(store, completions.prompts)
     for generator in completions.generators.values():
@@ -147,7 +148,10 @@ def _files(completions: Completions, store: Store) -> Any:
                 }
 
 
-def _missing(store: Store, scorer: ScorerConfig, fingerprint: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def missing_rewards(
+    store: Store, scorer: ScorerConfig, fingerprint: str, files: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Those of the files that a scorer has not rated yet."""
     there = set(store.list(f"rewards/{fingerprint}"))
     return [item for item in files if _path(scorer, fingerprint, item) not in there]
 

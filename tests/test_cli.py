@@ -185,7 +185,11 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(cli: Command, place:
     result = cli("curate", "curate.yaml", "--dry-run", "--json", "--store", place / "store")
     assert result.status == 0
     work = {row["what"]: row["to do"] for row in result.json["work"]}
-    assert work == {"prompts.jsonl": "read the source", "policy": "4 samples per prompt"}
+    assert work == {
+        "prompts.jsonl": "read the source",
+        "policy": "4 samples per prompt",
+        "reward": "a reward per sample",
+    }
     assert [path for path in files_below(place) if path.startswith("store")] == []
     assert "4 samples per prompt" in cli("curate", "curate.yaml", "--dry-run").out
 
@@ -195,11 +199,14 @@ def test_a_dry_run_tells_what_is_left_to_do(cli: Command, fake_run: Curated, tmp
     path.write_text(yaml.safe_dump(fake_run.config.model_dump(mode="json")))
     before = files_below(Path(fake_run.store.url))
     done = cli("curate", path, "--dry-run", "--json", "--store", fake_run.store.url).json
-    assert [row["to do"] for row in done["work"]] == ["40 prompts, all in the store"] + [
-        "nothing, all in the store"
-    ] * 2
+    nothing = "nothing, all in the store"
+    assert [row["to do"] for row in done["work"]] == ["40 prompts, all in the store", nothing, nothing, nothing]
     more = cli("curate", path, "--dry-run", "--json", "--store", fake_run.store.url, "--set", "generate.samples=6").json
-    assert [row["to do"] for row in more["work"]][1:] == ["80 samples in 3 shards"] * 2
+    missing = "80 samples in 3 shards"
+    assert [row["to do"] for row in more["work"]][1:] == [missing, missing, "a reward per sample"]
+    other = ["--set", "score.scorers.0.max_model_len=99"]
+    rated = cli("curate", path, "--dry-run", "--json", "--store", fake_run.store.url, *other).json
+    assert [row["to do"] for row in rated["work"]][1:] == [nothing, nothing, "320 rewards in 6 shards"]
     assert files_below(Path(fake_run.store.url)) == before
 
 

@@ -77,7 +77,7 @@ def test_a_wrong_key_is_said_clearly(s3: SeaweedFS) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_curate_train_evaluate_and_verify_on_s3(s3: SeaweedFS, prefect_api: str, tmp_path: Path) -> None:
+def test_curate_train_and_verify_on_s3(s3: SeaweedFS, prefect_api: str, tmp_path: Path) -> None:
     env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path / "prefect"), **s3.environment())
     world = build(ROOT / WORLD)
     url = f"s3://{s3.bucket}/whole"
@@ -91,23 +91,10 @@ def test_curate_train_evaluate_and_verify_on_s3(s3: SeaweedFS, prefect_api: str,
         "subset": [{"name": "top", "fraction": 0.5}, {"name": "bottom", "keep": "bottom", "fraction": 0.5}],
     }
     train = {"name": "tuned", "subset": "top", "policy": {"model": model["model"]}, "train": {"max_steps": 6}}
-    evaluate = {
-        "ingest": {"source": str(world / "heldout.jsonl"), "columns": columns, "limit": 64},
-        "generate": {
-            "samples": 2,
-            "generators": [
-                {"name": "policy", **model, "model": "policy:tuned"},
-                {"name": "reference", **model},
-            ],
-        },
-        "score": {"scorers": [verifier]},
-    }
     curated = run("curate", curate, url, env, tmp_path)
     assert [subset["name"] for subset in curated["subsets"]] == ["top", "bottom"]
     trained = run("train", train, url, env, tmp_path)
     assert trained["steps"] == 6 and abs(trained["first"]["loss"] - 0.6931) < 1e-3
-    compared = run("evaluate", evaluate, url, env, tmp_path)
-    assert compared["prompts"] == 64 and 0 <= compared["scorers"]["verifier"]["win_rate"] <= 1
     assert prefsieve("verify", "top", "--store", url, env=env).returncode == 0
     again = run("curate", curate, url, env, tmp_path)
     assert again["subsets"] == curated["subsets"]

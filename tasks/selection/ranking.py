@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def order(values: NDArray[np.float64], ids: Sequence[str], seed: int, keep: str = "top") -> NDArray[np.int64]:
+def order(values: NDArray[np.float64], ties: NDArray[np.uint64], keep: str = "top") -> NDArray[np.int64]:
     """Row numbers from first to last taken; rows whose value is NaN are left out.
 
-    values: [pairs]; ids: prompt id of each; keep: "top" takes large values first, "bottom" small ones.
+    values: [pairs]; ties: `hashes` of their prompt ids; keep: "top" takes large values first, "bottom" small ones.
     """
-    ordered = np.lexsort((hashes(ids, seed), values))
+    ordered = np.lexsort((ties, values))
     ordered = ordered[~np.isnan(values[ordered])]
     return ordered[::-1] if keep == "top" else ordered  # so that top and bottom share no tied row before they must
 

@@ -1,0 +1,87 @@
+"""Pools of actors: side by side, with errors that say what they are; and Ray is left when the outermost block ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tasks.cluster import Pool, disconnecting, run_pools
+from tasks.config import GeneratorConfig
+from tasks.errors import RunError, Unreachable
+
+ONE = GeneratorConfig(name="one", engine="fake")
+
+
+class Meeting:
+    """Comes to a place and waits there for the other."""
+
+    def __init__(self, folder: str, me: str, other: str) -> None:
+        self.mine, self.others = Path(folder) / me, Path(folder) / other
+
+    async def work(self, item: dict[str, Any]) -> dict[str, Any]:
+        self.mine.touch()
+        deadline = time.monotonic() + 60
+        while not self.others.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return {"met": self.others.exists(), "item": item["item"]}
+
+
+class Failing:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def work(self, item: dict[str, Any]) -> dict[str, Any]:
+        raise self.error
+
+
+def test_pools_run_side_by_side_and_every_answer_arrives(local_ray: Any, tmp_path: Path) -> None:
+    answers: list[tuple[str, int, bool]] = []
+
+    def pool(me: str, other: str) -> Pool:
+        def on_done(answer: dict[str, Any]) -> None:
+            answers.append((me, answer["item"], answer["met"]))
+
+        return Pool(Meeting, (str(tmp_path), me, other), [{"item": 1}, {"item": 2}], ONE, on_done)
+
+    assert run_pools([pool("a", "b"), pool("b", "a")]) >= 0
+    assert sorted(answers) == [("a", 1, True), ("a", 2, True), ("b", 1, True), ("b", 2, True)]
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (ConnectionResetError("the bucket is gone"), Unreachable, "a server could not be reached: .*bucket is gone"),
+        (ValueError("bad shape"), RunError, "an engine failed: ValueError: bad shape"),
+    ],
+)
+def test_what_fails_in_a_worker_is_said_and_only_the_network_is_worth_another_try(
+    local_ray: Any, raised: Exception, kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(RunError, match=said) as caught:
+        run_pools([Pool(Failing, (raised,), [{"item": 1}], ONE, lambda answer: None)])
+    assert type(caught.value) is kind
+
+
+def test_no_pools_need_no_ray() -> None:
+    assert run_pools([]) == 0
+
+
+def test_the_outermost_block_leaves_ray_and_only_if_it_was_not_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = SimpleNamespace(running=False)
+    ray.is_initialized = lambda: ray.running
+    ray.shutdown = lambda: setattr(ray, "running", False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with disconnecting():
+        with disconnecting():
+            ray.running = True
+        assert ray.running
+    assert not ray.running
+    ray.running = True
+    with disconnecting():
+        pass
+    assert ray.running
