@@ -18,9 +18,11 @@ INSTALL := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints
 demo: setup
 	@$(BIN)/prefsieve demo
 
-# vLLM remembers the number of torch's threads, which other tests change: a process of its own.
+# TinyWorld is built while the first tests run; the tests that need it wait for it. vLLM remembers the number of torch's
+# threads, which other tests change: a process of its own.
 test: setup
-	$(BIN)/python -m pytest --ignore=tests/test_vllm.py
+	@$(BIN)/python -m examples.tinyworld.build --out .prefsieve/tinyworld >/dev/null 2>&1 & \
+	echo "pytest, in two processes: all but vLLM, then vLLM" && $(BIN)/python -m pytest --ignore=tests/test_vllm.py
 	$(BIN)/python -m pytest tests/test_vllm.py
 
 check: setup

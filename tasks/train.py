@@ -98,11 +98,11 @@ class TrainWorker:
 
     def run(self) -> str:
         """Train and publish; the policy's version."""
-        from tasks.trainers.dpo import train_dpo
-
         with tempfile.TemporaryDirectory() as room:
             folder = Path(room) / "version"
             data = fetch_version(self.store, self.subset, "data/", Path(room) / "data")
+            from tasks.trainers.dpo import train_dpo  # takes seconds: what is damaged is said before
+
             counts = train_dpo(
                 self.config,
                 models.local(self.config.policy.model, self.store),

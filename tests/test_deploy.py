@@ -105,12 +105,13 @@ def test_an_untyped_field_would_be_noticed() -> None:
 
 
 def test_a_run_by_button_with_other_parameters_completes_and_shows_its_artifacts(
-    api: httpx.Client, deployed: str, tmp_path: Path
+    api: httpx.Client, deployed: str, local_ray: Any, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     parameters = _fake_parameters(tmp_path, store)
+    parameters["ray_address"] = local_ray.get_runtime_context().gcs_address
     parameters["ingest"]["source"] = "prompts.jsonl"  # found in the folder in which the worker was started
-    with prefect_worker(_url(api), "prefsieve", tmp_path / "worker", cwd=tmp_path):
+    with prefect_worker(_url(api), "prefsieve", tmp_path / "worker", cwd=tmp_path, RAY_AUTH_MODE="token"):
         created = _start(api, parameters)
         assert created.status_code == 201, created.text
         run = _finished(api, created.json()["id"])

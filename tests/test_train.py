@@ -12,7 +12,7 @@ from tasks.config import TrainConfig
 from tasks.errors import ConfigError, RunError
 from tasks.models import fetch_policy
 from tasks.store import Store
-from tasks.train import train
+from tasks.train import TrainWorker, train
 from tasks.versions import damage, find_version, read_manifest
 from tests.conftest import Curated, TinyModels, copy_store
 
@@ -90,8 +90,6 @@ def test_a_job_that_lost_its_end_goes_on_from_the_last_checkpoint_to_the_same_ve
 
 
 def test_a_checkpoint_that_was_not_finished_is_not_used(trained: Any, tmp_path: Path) -> None:
-    from tasks.train import TrainWorker
-
     config, store, _ = trained
     cut = copy_store(store, tmp_path / "store")
     (attempt,) = (Path(cut.url) / "policies" / config.name / "checkpoints").glob("*/*")
@@ -133,5 +131,6 @@ def test_a_damaged_subset_is_not_trained_on(trained: Any, tiny_models: TinyModel
     content[len(content) // 2] ^= 1
     file.unlink()
     file.write_bytes(content)
+    worker = TrainWorker(train_config(tiny_models, cut, subset="top"), "top", "inputs", cut.url)
     with pytest.raises(ConfigError, match="damaged"):
-        train(train_config(tiny_models, cut, subset="top"), cut)
+        worker.run()
