@@ -11,7 +11,7 @@ BIN := .venv/bin
 READY := .venv/.ready-$(ENGINE)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export RAY_USAGE_STATS_ENABLED := 0
-INSTALL := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[$(ENGINE),dev]'
+INSTALL := $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[$(ENGINE),dev]'
 
 .PHONY: demo test check setup format clean
 
