@@ -6,7 +6,7 @@
 
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-ENGINE ?= cpu
+ENGINE ?= $(if $(wildcard .venv/.ready-gpu),gpu,cpu)
 BIN := .venv/bin
 READY := .venv/.ready-$(ENGINE)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)

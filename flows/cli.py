@@ -20,7 +20,7 @@ import typer
 from pydantic import ValidationError
 
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
-from tasks.errors import ConfigError, RunError
+from tasks.errors import ConfigError, RunError, is_network_fault
 
 app = typer.Typer(
     add_completion=True,
@@ -152,10 +152,12 @@ def main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
-    except OSError as error:
-        _fail(f"{type(error).__name__}: {error}; what was finished is kept, run again to go on", 1)
     except KeyboardInterrupt:
         _fail("interrupted; what was finished is kept, run again to go on", 130)
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_network_fault(error):
+            raise  # a fault of ours: whoever mends it needs the traceback
+        _fail(f"{type(error).__name__}: {error}; what was finished is kept, run again to go on", 1)
 
 
 # --- configuration

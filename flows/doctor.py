@@ -37,7 +37,7 @@ def examine(config: RunConfig) -> dict[str, Any]:
 
 def plan(config: RunConfig) -> dict[str, Any]:
     """What a run of this configuration would find and make; raises as the run would."""
-    findings = [{"what": what, "found": found} for what, found in check(config).items()]
+    findings = [{"what": what, "found": found} for what, found in check(config, probe=False).items()]
     work: list[dict[str, Any]] = []
     store = Store(config.store_url)
     if isinstance(config, TrainConfig):
@@ -69,7 +69,7 @@ def _generate_work(config: CurateConfig | EvaluateConfig, prompts: PromptSet, st
         fingerprint = models.generator_fingerprint(generator, store)
         items = missing_ranges(store, fingerprint, shards_of(store, prompts), config.generate.samples)
         samples = sum(item["rows"] * (item["last"] - item["first"]) for item in items)
-        what = f"{samples:,} samples in {len(items):,} shards" if items else _NOTHING
+        what = f"{samples:,} samples in {len(items):,} files" if items else _NOTHING
         work.append({"stage": "generate", "what": generator.name, "to do": what})
     return work
 
@@ -83,7 +83,7 @@ def _score_work(config: CurateConfig | EvaluateConfig, prompts: PromptSet, store
     for scorer in config.score.scorers:
         items = missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)
         rewards = sum(item["samples"] for item in items)
-        what = f"{rewards:,} rewards in {len(items):,} shards" if items else _NOTHING
+        what = f"{rewards:,} rewards in {len(items):,} files" if items else _NOTHING
         work.append({"stage": "score", "what": scorer.name, "to do": what})
     return work
 

@@ -14,15 +14,15 @@ from tasks.versions import find_version
 Check = tuple[str, Callable[[], str]]  # what is looked at; finds out, or raises ConfigError or RunError
 
 
-def check(config: RunConfig) -> dict[str, str]:
+def check(config: RunConfig, probe: bool = True) -> dict[str, str]:
     """What was found out, by what was looked at; raises at the first thing that is wrong."""
-    return {what: find_out() for what, find_out in checks(config)}
+    return {what: find_out() for what, find_out in checks(config, probe)}
 
 
-def checks(config: RunConfig) -> Iterator[Check]:
-    """The store first, then everything that the configuration names."""
+def checks(config: RunConfig, probe: bool = True) -> Iterator[Check]:
+    """The store first, then everything that the configuration names. Without a probe nothing is written."""
     store = Store(config.store_url)
-    yield f"store {config.store_url}", store.check
+    yield f"store {config.store_url}", store.check if probe else store.reach
     if isinstance(config, TrainConfig):
         yield f"subset {config.subset}", lambda: str(find_version(store, config.subset))
         yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
@@ -32,6 +32,16 @@ def checks(config: RunConfig) -> Iterator[Check]:
             yield f"generator {generator.name}", _generator(config, i, store)
         for i, scorer in enumerate(config.score.scorers):
             yield f"scorer {scorer.name}", _scorer(config, i, store)
+        yield "names", lambda: _distinct(config, store)
+
+
+def _distinct(config: CurateConfig | EvaluateConfig, store: Store) -> str:
+    """A model under two names would be paid for twice, and be preferred to itself."""
+    generators = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
+    scorers = {s.name: models.scorer_fingerprint(s, store) for s in config.score.scorers}
+    models.check_distinct("generate.generators", generators)
+    models.check_distinct("score.scorers", scorers)
+    return f"different things: {', '.join([*generators, *scorers])}"
 
 
 def _generator(config: CurateConfig | EvaluateConfig, i: int, store: Store) -> Callable[[], str]:

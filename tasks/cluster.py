@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
 IN_FLIGHT = 3
 
 _blocks = 0  # of `disconnecting`, in each other
+_executors: dict[str, list[Any]] = {}  # Ray Data's, of the runs of pools that go on
 
 _WORKER_ENVIRONMENT = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PREFSIEVE_STORE", "XDG_CACHE_HOME")
 
@@ -54,9 +56,10 @@ def connect(address: str = "local") -> Any:
         options["address"] = address
     try:
         ray.init(**options)
-    except ConnectionError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise ConfigError(
-            f"ray_address: no Ray cluster at {address!r}; start one with `ray start --head`, or use local"
+            f"ray_address: no Ray cluster at {address!r}, or not without its token; start one with `ray start --head`, "
+            "use local, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
     return ray
 
@@ -106,12 +109,16 @@ def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
     for pool in pools:
         check_room(ray, pool.config)
     answers: queue.SimpleQueue[tuple[Pool, Any]] = queue.SimpleQueue()
-    stopped = threading.Event()
-    for pool in pools:
-        arguments = (ray, pool, _dataset(ray, pool), answers, stopped)
-        threading.Thread(target=_drive, args=arguments, name="pool", daemon=True).start()
+    run = uuid.uuid4().hex
+    _executors[run] = []
+    drivers = [
+        threading.Thread(target=_drive, args=(ray, pool, _dataset(ray, pool, run), answers), name="pool", daemon=True)
+        for pool in pools
+    ]
     ready, last, running = float("inf"), 0.0, len(pools)
     try:
+        for driver in drivers:
+            driver.start()
         while running:
             pool, answer = answers.get()
             if answer is None:
@@ -124,14 +131,18 @@ def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
                 ready, last = min(ready, answer["ready_at"]), max(last, answer["done_at"])
                 pool.on_done(answer)
     finally:
-        stopped.set()
+        for executor in _executors.pop(run):  # what still runs after an error must not run beside the next try
+            executor.shutdown(force=True)
+        for driver in drivers:
+            driver.join()
     return last - ready
 
 
-def _dataset(ray: Any, pool: Pool) -> Any:
+def _dataset(ray: Any, pool: Pool, run: str) -> Any:
     """A pool as Ray Data sees it; nothing runs before it is iterated over."""
     importlib.import_module("ray.data")
     context = ray.data.DataContext.get_current()
+    context.custom_execution_callback_classes = [_remembering(run)]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -150,13 +161,24 @@ def _dataset(ray: Any, pool: Pool) -> Any:
         )
 
 
-def _drive(ray: Any, pool: Pool, done: Any, answers: Any, stopped: threading.Event) -> None:
+def _remembering(run: str) -> type:
+    """A class that Ray Data calls with the executor of a pool: nobody else hands it out before the first answer."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Remembering(ExecutionCallback):
+        def before_execution_starts(self, executor: Any) -> None:
+            from tasks import cluster  # this class is sent to the workers, what it remembers must not be
+
+            cluster._executors[run].append(executor)
+
+    return Remembering
+
+
+def _drive(ray: Any, pool: Pool, done: Any, answers: Any) -> None:
     """Pass on each item's answer, then None, or the error that ended it."""
     try:
         with reraise(ray):
             for row in done.iter_rows():
-                if stopped.is_set():
-                    return
                 answers.put((pool, row))
     except BaseException as error:  # of a thread: whoever reads the answers raises it
         answers.put((pool, error))

@@ -38,6 +38,7 @@ def generate(
     shards = shards_of(store, prompts)
     generators = [models.pinned("generate", g, store) for g in config.generators]
     fingerprints = {g.name: models.remember_facts(models.generator_facts(g, store), g.model, store) for g in generators}
+    models.check_distinct("generate.generators", fingerprints)
     missing = {g.name: missing_ranges(store, fingerprints[g.name], shards, config.samples) for g in generators}
     total = prompts.counts.out * len(config.generators)
     todo = sum(item["rows"] for items in missing.values() for item in items if item["final"])

@@ -1,8 +1,8 @@
 """ingest: prompts from files into a prompt set of immutable shards.
 
 The input streams: rows are read, checked, de-duplicated (on disk, by digest) and cut into shards one after the other,
-so memory stays flat however long the input is. A bad row is quarantined with its reason. When a source has grown, its
-shards are cut where they were cut before, so that what was paid for the old prompts is found again.
+so memory stays flat however long the input is. A bad row is quarantined with its reason. Prompts that were cut into
+shards before are cut alike in every later source, so that what was paid for them is found again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import sqlite3
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from tasks.errors import ConfigError, RunError
 from tasks.progress import Meter, Report, silent
 from tasks.records import PROMPTS, QUARANTINE, SCHEMA_VERSION, Counts, PromptSet, Work, digest
 from tasks.sources import BadRow, read_rows, source_digest
-from tasks.store import Store, to_json
+from tasks.store import Store
 
 _ROLES = {"system", "user", "assistant", "tool"}
 _BLOCK = 1000  # rows between two progress reports
@@ -37,31 +37,29 @@ def ingest(config: IngestConfig, store: Store, report: Report = silent) -> Promp
     started = time.monotonic()
     known = known_prompts(config, store)
     if known:
-        _check_share(config, known.counts, lambda: _examples(store, _inputs(config)))
         Meter(report, "ingest", known.counts.into, "rows", reused=known.counts.into)
         work = Work(shards_reused=len(shards_of(store, known)), seconds=time.monotonic() - started)
         return replace(known, work=work)
     inputs = _inputs(config)
-    head = f"prompts/heads/{digest([config.source, config.split, config.columns.model_dump(), config.shard_size])}.json"
-    previous = store.read_json(head)["set"] if store.exists(head) else None
     with tempfile.TemporaryDirectory() as folder:
-        prompts, quarantine = _read(config, store, previous, Path(folder), Meter(report, "ingest", 0, "rows"))
+        prompts, quarantine = _read(config, store, Path(folder), Meter(report, "ingest", 0, "rows"))
         if _inputs(config) != inputs:
             raise RunError(f"ingest.source {config.source!r} changed while it was read; run again")
         store.create_file(f"prompts/sources/{inputs}.quarantine.parquet", quarantine)
     counts = {"into": prompts.counts.into, "out": prompts.counts.out, "dropped": prompts.counts.dropped}
     store.create_json(_pointer(inputs), {"set": prompts.digest, "counts": counts, "source": config.source})
-    store.replace(head, to_json({"set": prompts.digest}))
     return replace(prompts, work=Work(prompts.work.shards_made, seconds=time.monotonic() - started))
 
 
 def known_prompts(config: IngestConfig, store: Store) -> PromptSet | None:
     """The prompt set of a source that was read before, with the same content and settings."""
-    pointer = _pointer(_inputs(config))
-    if not store.exists(pointer):
+    inputs = _inputs(config)
+    if not store.exists(_pointer(inputs)):
         return None
-    known = store.read_json(pointer)
-    return PromptSet(known["set"], Counts(**known["counts"]))
+    known = store.read_json(_pointer(inputs))
+    counts = Counts(**known["counts"])
+    _check_share(config, counts, lambda: _examples(store, inputs))
+    return PromptSet(known["set"], counts)
 
 
 def _inputs(config: IngestConfig) -> str:
@@ -91,11 +89,9 @@ def shard_path(shard: str) -> str:
     return f"prompts/shards/{shard}.parquet"
 
 
-def _read(
-    config: IngestConfig, store: Store, previous: str | None, folder: Path, meter: Meter
-) -> tuple[PromptSet, Path]:
+def _read(config: IngestConfig, store: Store, folder: Path, meter: Meter) -> tuple[PromptSet, Path]:
     """Read everything; the prompt set, and a local file with the quarantined rows."""
-    writer = _ShardWriter(store, config.shard_size, previous)
+    writer = _ShardWriter(store, config.shard_size)
     seen = _Seen(folder / "seen.sqlite")
     quarantine = _Quarantine(folder / "quarantine.parquet")
     dropped: Counter[str] = Counter()
@@ -117,7 +113,7 @@ def _read(
         if into % _BLOCK == 0:
             meter.add(_BLOCK)
     meter.add(into % _BLOCK)
-    writer.flush()
+    writer.close()
     counts = Counts(into, writer.rows, dict(dropped))
     _check_share(config, counts, lambda: examples)
     set_digest = digest(writer.shards)
@@ -208,11 +204,17 @@ def _example(row: int, reason: str, excerpt: str) -> str:
 
 
 class _ShardWriter:
-    """Cuts rows into shards; as long as they equal those of the previous set, cuts where that was cut."""
+    """Cuts rows into shards: where they were cut before, as late as possible, and otherwise at shard_size.
 
-    def __init__(self, store: Store, shard_size: int, previous: str | None) -> None:
+    Every shard leaves a mark prompts/cuts/<first prompt>.<rows>.<prompts>.json.
+    """
+
+    def __init__(self, store: Store, shard_size: int) -> None:
         self.store, self.shard_size = store, shard_size
-        self.old = store.read_json(f"prompts/{previous}/manifest.json")["shards"] if previous else []
+        self.cuts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # first prompt id -> rows, digest of all ids
+        for mark in store.list("prompts/cuts"):
+            first, rows, prompts = mark.removeprefix("prompts/cuts/").split(".")[:3]
+            self.cuts[first].append((int(rows), prompts))
         self.shards: list[dict[str, Any]] = []
         self.open: list[dict[str, Any]] = []
         self.rows = 0
@@ -220,20 +222,23 @@ class _ShardWriter:
     def add(self, row: dict[str, Any]) -> None:
         self.open.append(row)
         self.rows += 1
-        if len(self.open) == (self.old[len(self.shards)]["rows"] if self.old else self.shard_size):
-            self.flush()
+        if len(self.open) == self.shard_size:
+            self._cut()
 
-    def flush(self) -> None:
-        if not self.open:
-            return
-        name = digest(self.open)
+    def close(self) -> None:
+        while self.open:
+            self._cut()
+
+    def _cut(self) -> None:
         ids = [row["prompt_id"] for row in self.open]
-        shard = {"digest": name, "prompts": digest(ids), "rows": len(self.open)}
-        self.store.create_table(shard_path(name), pa.Table.from_pylist(self.open, schema=PROMPTS))
+        known = [(n, name) for n, name in self.cuts.get(ids[0], []) if n <= len(ids) and digest(ids[:n]) == name]
+        rows, prompts = max(known, default=(len(ids), digest(ids)))
+        taken, self.open = self.open[:rows], self.open[rows:]
+        shard: dict[str, Any] = {"digest": digest(taken), "prompts": prompts, "rows": rows}
+        self.store.create_table(shard_path(shard["digest"]), pa.Table.from_pylist(taken, schema=PROMPTS))
+        if not known:
+            self.store.create_json(f"prompts/cuts/{ids[0]}.{rows}.{prompts}.json", shard)
         self.shards.append(shard)
-        self.open = []
-        if self.old[: len(self.shards)] != self.shards or len(self.old) == len(self.shards):
-            self.old = []  # the sets part here
 
 
 class _Seen:

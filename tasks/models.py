@@ -78,6 +78,18 @@ def scorer_facts(config: ScorerConfig, store: Store) -> dict[str, Any]:
     }
 
 
+def check_distinct(field: str, fingerprints: dict[str, str]) -> None:
+    """ConfigError when two names stand for the same thing."""
+    names: dict[str, str] = {}
+    for name, fingerprint in fingerprints.items():
+        if fingerprint in names:
+            raise ConfigError(
+                f"{field}: {names[fingerprint]!r} and {name!r} are the same model or function with the same settings; "
+                "remove one, or change its seed or sampling"
+            )
+        names[fingerprint] = name
+
+
 def generator_fingerprint(config: GeneratorConfig, store: Store) -> str:
     return digest(generator_facts(config, store))
 

@@ -30,6 +30,8 @@ from tasks.progress import Meter, Report, silent
 from tasks.records import REWARDS, Completions, Counts, Prompt, Rewards, Work
 from tasks.store import Store
 
+_RAISED = "function raised"
+
 
 def score(
     config: ScoreConfig, completions: Completions, store: Store, report: Report = silent, address: str = "local"
@@ -40,19 +42,20 @@ def score(
     fingerprints = {
         s.name: models.remember_facts(models.scorer_facts(s, store), s.model or s.function, store) for s in scorers
     }
+    models.check_distinct("score.scorers", fingerprints)
     files = list(files_to_rate(completions, store))
     missing = {s.name: missing_rewards(store, s, fingerprints[s.name], files) for s in scorers}
-    total = completions.counts.out * completions.samples * len(config.scorers)
-    todo = sum(item["samples"] for items in missing.values() for item in items)
-    meter = Meter(report, "score", total, "rewards", reused=max(total - todo, 0))
     in_files = sum(item["samples"] for item in files)  # files may hold more samples than are wanted now
+    total = in_files * len(config.scorers)
+    todo = sum(item["samples"] for items in missing.values() for item in items)
+    meter = Meter(report, "score", total, "rewards", reused=total - todo)
     totals: Counter[str] = Counter()
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
         totals.update({key: counts[key] for key in ("requests", "samples", "engine_starts")})
         totals[f"missing from {name}"] += counts["missing"]
         _check_missing(config, name, totals[f"missing from {name}"], in_files, counts["example"])
-        meter.add(counts["samples"])
+        meter.add(counts["finished"])
 
     pools = [
         Pool(ScoreWorker, (s, fingerprints[s.name], store.url), missing[s.name], s, partial(on_done, s.name))
@@ -96,6 +99,7 @@ class ScoreWorker:
         unique = list(dict.fromkeys(places))
         ask = self._by_function if self.config.type == "function" else self._by_model
         answers = dict(zip(unique, await ask(rows, unique), strict=True))
+        _check_raised(self.config, list(answers.values()))
         outcomes = [answers[place] for place in places]
         table = _table([row["prompt_id"] for row in rows], texts, outcomes)
         path = _path(self.config, self.fingerprint, item)
@@ -104,6 +108,7 @@ class ScoreWorker:
         return {
             "requests": len(unique),
             "samples": len(outcomes),
+            "finished": item["samples"],  # with those of refused prompts, of which there are none
             "missing": len(reasons),
             "example": reasons[0] if reasons else "",
         }
@@ -121,7 +126,14 @@ class ScoreWorker:
         try:
             return _finite(float(self.function(prompt, text)))
         except Exception as error:  # somebody else's code on a hostile text: that reward is missing, the run goes on
-            return f"function raised {type(error).__name__}: {error}"[:500].encode(errors="backslashreplace").decode()
+            return f"{_RAISED} {type(error).__name__}: {error}"[:500].encode(errors="backslashreplace").decode()
+
+
+def _check_raised(scorer: ScorerConfig, outcomes: list[float | str]) -> None:
+    """A function that raises on most texts is broken, or what it needs is not there: that is no result to keep."""
+    raised = [outcome for outcome in outcomes if isinstance(outcome, str) and outcome.startswith(_RAISED)]
+    if len(raised) > len(outcomes) / 2:
+        raise RunError(f"scorer {scorer.name!r}: {raised[0]} (and so for {len(raised)} of {len(outcomes)} completions)")
 
 
 def rewards_path(scorer: str, generator: str, rated: str, samples: Range) -> str:

@@ -86,6 +86,7 @@ def source_digest(config: IngestConfig) -> str:
 
 def _remote_digest(fs: Any, path: str) -> bytes:
     """By the checksum that the server tells, so that a large file is read once only; else by the bytes."""
+    fs.invalidate_cache()  # a listing from before would hide that the file has changed
     told = fs.info(path)
     checksums = [str(told[name]) for name in ("ETag", "Content-MD5", "Digest") if told.get(name)]
     if checksums:

@@ -7,7 +7,7 @@ pointers such as `latest.json`, overwrites, and only `remove`, for old checkpoin
 
     prompts/<set>/manifest.json                               shards of a prompt set
     prompts/shards/<shard>.parquet                            rows of one shard
-    prompts/sources/, prompts/heads/                          what a source gave; where its last set was cut
+    prompts/sources/, prompts/cuts/                           what a source gave; where shards begin and end
     fingerprints/<fingerprint>.json                           what a generator's or scorer's fingerprint stands for
     completions/<generator>/<prompts>.<first>-<last>.parquet  samples first..last-1, one row a prompt of a shard
     rewards/<scorer>/<generator>/<rated>.<first>-<last>.parquet
@@ -124,8 +124,9 @@ class Store:
         return target
 
     def remove(self, path: str) -> None:
-        """Remove a file, or all files below a path. For what nothing refers to; what is published stays."""
-        self.fs.rm(self.full(path), recursive=True)
+        """Remove a file, or all files below a path, if there are any. For what nothing refers to."""
+        with contextlib.suppress(FileNotFoundError):  # another run was first
+            self.fs.rm(self.full(path), recursive=True)
 
     # --- JSON and tables
 
@@ -163,13 +164,14 @@ class Store:
             return "writes are conditional: two runs may share this store"
         return "the server ignores If-None-Match: let one run at a time write to this store"
 
-    def reach(self) -> None:
-        """RunError, at once, when the store cannot be read. A local folder that is not there is an empty store."""
+    def reach(self) -> str:
+        """What was found out; RunError, at once, when the store cannot be read. A folder that is not there is empty."""
         if not self.local:
             bucket, _, prefix = self.root.partition("/")
             store = Store(self.url, attempts=1)
             with store._told():
                 store.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        return "can be read"
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

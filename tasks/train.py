@@ -15,7 +15,7 @@ from typing import Any
 
 from tasks import models
 from tasks.cluster import check_room, connect, reraise
-from tasks.config import TrainConfig
+from tasks.config import TrainConfig, is_local_path
 from tasks.progress import Meter, Report, silent
 from tasks.records import SCHEMA_VERSION, Counts, Version, Work, digest
 from tasks.store import Store, to_json
@@ -45,22 +45,31 @@ def train(config: TrainConfig, store: Store, report: Report = silent) -> Version
     check_room(ray, config.policy)
     actor = ray.remote(TrainWorker).options(num_cpus=config.policy.cpus, num_gpus=config.policy.gpus, max_concurrency=2)
     worker = actor.remote(config, str(subset), inputs, store.url)
-    with reraise(ray):
-        done = worker.run.remote()
-        meter, seen = None, 0
-        while not ray.wait([done], timeout=_POLL)[0]:
-            step, steps, loss = ray.get(worker.progress.remote())
-            if steps and meter is None:
-                meter = Meter(report, "train", steps, "steps")
-            if meter and step > seen:
-                meter.add(step - seen, f"loss {loss:.4f}")
-                seen = step
-        version = find_version(store, f"{config.name}@{ray.get(done)}", kind="policies")
-        step, steps, loss = ray.get(worker.progress.remote())
-        if meter:
-            meter.add(steps - seen, f"loss {loss:.4f}")
-    ray.kill(worker)
+    try:
+        with reraise(ray):
+            name = _follow(ray, worker, report)
+    finally:
+        ray.kill(worker)  # also when whoever waits is interrupted: nobody else knows of it
+    version = find_version(store, f"{config.name}@{name}", kind="policies")
     return Version(version.name, version.version, version.counts, Work(seconds=time.monotonic() - started), "policies")
+
+
+def _follow(ray: Any, worker: Any, report: Report) -> str:
+    """Run the job and report its steps; the policy's version."""
+    done = worker.run.remote()
+    meter, seen = None, 0
+    while True:
+        finished = ray.wait([done], timeout=_POLL)[0]
+        if finished:
+            version: str = ray.get(done)
+        step, steps, loss = ray.get(worker.progress.remote())
+        if steps and meter is None:
+            meter = Meter(report, "train", steps, "steps")
+        if meter and step > seen:
+            meter.add(step - seen, f"loss {loss:.4f}")
+            seen = step
+        if finished:
+            return version
 
 
 def find_training(config: TrainConfig, store: Store) -> Version | None:
@@ -71,7 +80,6 @@ def find_training(config: TrainConfig, store: Store) -> Version | None:
 def _inputs(config: TrainConfig, store: Store) -> tuple[str, Version]:
     """Digest of all that decides the weights, and the subset that is meant."""
     subset = find_version(store, config.subset)
-    settings = config.train.model_dump(exclude={"save_steps", "gradient_checkpointing"})
     facts = {
         "schema": SCHEMA_VERSION,
         "stage": "train",
@@ -79,7 +87,12 @@ def _inputs(config: TrainConfig, store: Store) -> tuple[str, Version]:
         "model": models.identity("policy.model", config.policy, store),
         "dtype": config.policy.dtype,
     }
-    return digest({**facts, **settings}), subset
+    return digest({**facts, **_deciding(config)}), subset
+
+
+def _deciding(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the weights: not how often they are saved, nor what memory they are made in."""
+    return config.train.model_dump(exclude={"save_steps", "gradient_checkpointing"})
 
 
 class TrainWorker:
@@ -91,6 +104,7 @@ class TrainWorker:
         self.store = Store(store_url)
         self.subset = find_version(self.store, subset)
         self.state: tuple[int, int, float] = (0, 0, 0.0)
+        self.earlier: list[str] = []  # checkpoints of attempts before this one
 
     def progress(self) -> tuple[int, int, float]:
         """Step, steps in all (0: not begun), loss."""
@@ -126,6 +140,9 @@ class TrainWorker:
 
     def _content(self, counts: Counts) -> dict[str, Any]:
         config = self.config
+        model = config.policy.model
+        # Where a folder lies differs between machines, and a version's content must not.
+        model_name = Path(model).name if is_local_path(model) else model
         return {
             "name": config.name,
             "kind": "policy",
@@ -133,9 +150,9 @@ class TrainWorker:
             "parents": {
                 "subset": str(self.subset),
                 "model": models.identity("policy.model", config.policy, self.store),
-                "model_name": config.policy.model,
+                "model_name": model_name,
             },
-            "train": config.train.model_dump(),
+            "train": _deciding(config),
             "dtype": config.policy.dtype,
             "subset_summary": read_manifest(self.store, self.subset)["content"]["summary"],
         }
@@ -153,19 +170,31 @@ class TrainWorker:
             self.store.create_file(f"{place}/{file.relative_to(folder)}", file)
         names = [str(file.relative_to(folder)) for file in files]
         self.store.create(f"{place}/complete.json", to_json({"files": names}))
-        for complete in self._complete()[:-_KEPT]:
+        mine = [complete for complete in self._complete() if f"/{self.attempt}/" in complete]
+        if len(mine) > _KEPT:
+            self._forget(mine[:-_KEPT])
+        if len(mine) >= _KEPT:
+            self._forget(self.earlier)
+            self.earlier = []
+
+    def _forget(self, checkpoints: list[str]) -> None:
+        for complete in checkpoints:
             self.store.remove(complete)  # first what says that it is whole
             self.store.remove(complete.rpartition("/")[0])
 
     def _last_checkpoint(self, room: Path) -> Path | None:
-        complete = self._complete()
-        if not complete:
-            return None
-        place = complete[-1].rpartition("/")[0]
-        target = room / "resume" / place.rpartition("/")[2]
-        for file in self.store.read_json(complete[-1])["files"]:
-            self.store.fetch(f"{place}/{file}", target / file)
-        return target
+        """The last one that can be fetched whole: another attempt may just be removing the older ones."""
+        self.earlier = self._complete()
+        for complete in reversed(self.earlier):
+            place = complete.rpartition("/")[0]
+            target = room / "resume" / place.rpartition("/")[2]
+            try:
+                for file in self.store.read_json(complete)["files"]:
+                    self.store.fetch(f"{place}/{file}", target / file)
+            except FileNotFoundError:
+                continue
+            return target
+        return None
 
     def _complete(self) -> list[str]:
         """complete.json of every checkpoint that is whole, in the order of their steps."""

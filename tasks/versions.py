@@ -60,7 +60,8 @@ def find_build(store: Store, kind: str, name: str, inputs: str, claim: bool = Tr
 
 
 def remember_build(store: Store, version: Version, inputs: str) -> None:
-    store.create_json(_build(version.kind, version.name, inputs), {"version": version.version})
+    """Called when `find_build` found none: what a pointer of that name says was removed by somebody."""
+    store.replace(_build(version.kind, version.name, inputs), to_json({"version": version.version}))
     _point_latest(store, version)
 
 

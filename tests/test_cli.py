@@ -105,6 +105,13 @@ def empty_prompts(folder: Path) -> list[str]:
     return []
 
 
+def same_function_twice(folder: Path) -> list[str]:
+    (folder / "length.py").write_text("def score(prompt, text): return len(text)")
+    scorers = [{"name": name, "type": "function", "function": "length.py:score"} for name in ("one", "two")]
+    write_config(folder, score={"scorers": scorers})
+    return []
+
+
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
@@ -134,6 +141,7 @@ def empty_prompts(folder: Path) -> list[str]:
             put(score={"scorers": [{"name": "f", "type": "function", "function": "absent.py:score"}]}),
             ["function 'absent.py:score'", "no module or file", "check the path"],
         ),
+        (same_function_twice, ["score.scorers: 'one' and 'two' are the same model or function", "remove one"]),
         (empty_prompts, ["ingest.source 'prompts.jsonl' holds no rows"]),
         (put(ingest={"source": "absent.jsonl"}), ["ingest.source: 'absent.jsonl' does not exist; check the path"]),
         (put(ingest={"source": "nobody/no-such-data"}), ["ingest.source: 'nobody/no-such-data'"]),
@@ -190,7 +198,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(cli: Command, place:
         "policy": "4 samples per prompt",
         "reward": "a reward per sample",
     }
-    assert [path for path in files_below(place) if path.startswith("store")] == []
+    assert not (place / "store").exists()
     assert "4 samples per prompt" in cli("curate", "curate.yaml", "--dry-run").out
 
 
@@ -202,11 +210,11 @@ def test_a_dry_run_tells_what_is_left_to_do(cli: Command, fake_run: Curated, tmp
     nothing = "nothing, all in the store"
     assert [row["to do"] for row in done["work"]] == ["40 prompts, all in the store", nothing, nothing, nothing]
     more = cli("curate", path, "--dry-run", "--json", "--store", fake_run.store.url, "--set", "generate.samples=6").json
-    missing = "80 samples in 3 shards"
+    missing = "80 samples in 3 files"
     assert [row["to do"] for row in more["work"]][1:] == [missing, missing, "a reward per sample"]
     other = ["--set", "score.scorers.0.max_model_len=99"]
     rated = cli("curate", path, "--dry-run", "--json", "--store", fake_run.store.url, *other).json
-    assert [row["to do"] for row in rated["work"]][1:] == [nothing, nothing, "320 rewards in 6 shards"]
+    assert [row["to do"] for row in rated["work"]][1:] == [nothing, nothing, "320 rewards in 6 files"]
     assert files_below(Path(fake_run.store.url)) == before
 
 

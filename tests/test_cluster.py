@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import sys
 import time
 from pathlib import Path
@@ -9,10 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
 
 from tasks.cluster import Pool, disconnecting, run_pools
 from tasks.config import GeneratorConfig
-from tasks.errors import RunError, Unreachable
+from tasks.errors import RunError, Unreachable, is_network_fault
 
 ONE = GeneratorConfig(name="one", engine="fake")
 
@@ -65,6 +68,67 @@ def test_what_fails_in_a_worker_is_said_and_only_the_network_is_worth_another_tr
     with pytest.raises(RunError, match=said) as caught:
         run_pools([Pool(Failing, (raised,), [{"item": 1}], ONE, lambda answer: None)])
     assert type(caught.value) is kind
+
+
+class Beating:
+    """Works for ever, and leaves a trace of it."""
+
+    def __init__(self, trace: str) -> None:
+        self.trace = Path(trace)
+
+    async def work(self, item: dict[str, Any]) -> dict[str, Any]:
+        for beat in range(1200):
+            self.trace.write_text(str(beat))
+            time.sleep(0.05)
+        return {}
+
+
+class FailingBeside(Failing):
+    """Fails when the other one works."""
+
+    def __init__(self, trace: str) -> None:
+        super().__init__(ValueError("bad shape"))
+        self.trace = Path(trace)
+
+    async def work(self, item: dict[str, Any]) -> dict[str, Any]:
+        deadline = time.monotonic() + 60
+        while not self.trace.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return await super().work(item)
+
+
+def test_nothing_of_a_failed_run_goes_on_beside_the_next_try(local_ray: Any, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    pools = [Pool(kind, (str(trace),), [{"item": 1}], ONE, lambda answer: None) for kind in (Beating, FailingBeside)]
+    with pytest.raises(RunError, match="bad shape"):
+        run_pools(pools)
+    time.sleep(1)  # a kill takes a moment to arrive
+    last = trace.read_text()
+    time.sleep(1)
+    assert trace.read_text() == last
+
+
+@pytest.mark.parametrize(
+    ("error", "worth_another_try"),
+    [
+        (ConnectionResetError("gone"), True),
+        (TimeoutError("slow"), True),
+        (socket.gaierror(-2, "Name or service not known"), True),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (FileNotFoundError("model.safetensors"), False),
+        (ValueError("bad shape"), False),
+        (EndpointConnectionError(endpoint_url="http://127.0.0.1:9"), True),
+        (ClientError({"ResponseMetadata": {"HTTPStatusCode": 503}}, "PutObject"), True),
+        (ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}}, "PutObject"), False),
+    ],
+)
+def test_a_network_fault_is_told_from_others(error: Exception, worth_another_try: bool) -> None:
+    assert is_network_fault(error) == worth_another_try
+    try:
+        raise OSError("as s3fs says it") from error
+    except OSError as wrapped:
+        assert is_network_fault(wrapped) == worth_another_try
 
 
 def test_no_pools_need_no_ray() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks.config import GenerateConfig, GeneratorConfig, IngestConfig, SamplingConfig
 from tasks.engines import Answer, GenerationRequest, generator_engine
-from tasks.engines.chat import prompt_ids
+from tasks.engines.chat import prompt_ids, written
 from tasks.engines.loop import EngineLoop, Refused
 from tasks.engines.transformers import SeededSampler, TransformersGenerator, gumbel
 from tasks.errors import RunError
@@ -294,6 +294,25 @@ def test_the_beginning_of_a_sequence_is_marked_once(tiny_models: TinyModels) -> 
     ids = prompt_ids(engine.tokenizer, [{"role": "user", "content": "hi"}])
     assert ids.count(engine.tokenizer.bos_token_id) == 1
     assert engine.tokenizer.decode(ids, skip_special_tokens=True) == "u>hi\na>"
+
+
+def test_texts_are_what_was_drawn_without_its_end_and_without_half_a_character() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {piece: i for i, piece in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>", "<pad>"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", clean_up_tokenization_spaces=True
+    )  # <end> is no special token here, as in some chat models
+    ids = tokenizer("Well , née 🙂")["input_ids"]
+    assert written(tokenizer, [*ids, vocabulary["<end>"]], "stop") == "Well , née 🙂"
+    assert written(tokenizer, ids, "length") == "Well , née 🙂"
+    for cut in (1, 2, 3):
+        assert written(tokenizer, ids[:-cut], "length") == "Well , née "
+    assert written(tokenizer, [], "length") == ""
 
 
 def test_a_base_model_without_a_chat_template_takes_single_user_messages_as_they_are(tiny_models: TinyModels) -> None:

@@ -370,6 +370,23 @@ def test_a_grown_file_keeps_every_old_shard_also_the_partial_last_one(tmp_path: 
     assert texts_of(store, sets[-1]) == [row["prompt"] for row in prompts(80)]
 
 
+def test_a_try_on_a_few_rows_is_part_of_the_whole_later(tmp_path: Path, store: Store) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", prompts(40))
+    tried = shard_digests(store, take(source, store, shard_size=16, limit=10))
+    whole = shard_digests(store, take(source, store, shard_size=16))
+    assert whole[:1] == tried and len(whole) == 3  # 10 | 16 | 14
+    again = shard_digests(store, take(source, store, shard_size=16, limit=12))
+    assert again[:1] == tried and len(again) == 2  # 10 | 2
+    grown = shard_digests(store, take(write_jsonl(source, prompts(50)), store, shard_size=16))
+    assert grown[:3] == whole and len(grown) == 4  # 10 | 16 | 14 | 10, though one was cut at 12 meanwhile
+
+
+def test_a_grown_source_finds_its_old_shards_under_another_name(tmp_path: Path, store: Store) -> None:
+    old = shard_digests(store, take(write_jsonl(tmp_path / "monday.jsonl", prompts(40)), store, shard_size=16))
+    new = shard_digests(store, take(write_jsonl(tmp_path / "tuesday.jsonl", prompts(60)), store, shard_size=16))
+    assert new[: len(old)] == old
+
+
 def test_a_changed_row_changes_its_shard_and_not_those_before(tmp_path: Path, store: Store) -> None:
     source = tmp_path / "p.jsonl"
     rows = prompts(48)

@@ -24,12 +24,21 @@ from tasks.generate import completions_path
 from tasks.ingest import read_shard, shards_of
 from tasks.pair import pair
 from tasks.publish import publish
-from tasks.records import COMPLETIONS, PAIRS, PREFERENCES, REWARDS, Counts, Pairs, Rewards, text_digest
+from tasks.records import COMPLETIONS, PAIRS, PREFERENCES, REWARDS, Counts, Pairs, Rewards, Version, text_digest
 from tasks.score import rewards_path
 from tasks.selection.pvar import PooledScale, pvar
 from tasks.store import Store
 from tasks.subset import selection_path, subset
-from tasks.versions import content_version, damage, fetch_version, find_version, read_manifest
+from tasks.versions import (
+    content_version,
+    damage,
+    fetch_version,
+    find_build,
+    find_version,
+    publish_folder,
+    read_manifest,
+    remember_build,
+)
 from tests.conftest import Curated, copy_store, files_below, read_rows
 
 # --- what the stages were given, read back without their help
@@ -394,6 +403,28 @@ def test_a_version_that_was_removed_is_made_again(fake_run: Curated, tmp_path: P
     shutil.rmtree(store.full(version.place))
     assert str(publish(PublishConfig(), fake_run.config.subset[0], fake_run.selections[0], store)) == str(version)
     assert damage(store, version) == []
+
+
+def test_what_is_made_instead_of_a_removed_version_is_found_although_it_has_another_name(
+    store: Store, tmp_path: Path
+) -> None:
+    """Training on another kind of machine gives other weights."""
+
+    def make(text: str) -> Version:
+        folder = tmp_path / text
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+        version = publish_folder(store, "policies", "p", folder, {"counts": {"into": 1, "out": 1, "dropped": {}}})
+        remember_build(store, version, "inputs")
+        return version
+
+    assert find_build(store, "policies", "p", "inputs") is None
+    first = make("one")
+    assert find_build(store, "policies", "p", "inputs") == first
+    store.remove(first.place)
+    assert find_build(store, "policies", "p", "inputs") is None
+    assert (second := make("two")) != first
+    assert find_build(store, "policies", "p", "inputs") == second
 
 
 def test_latest_names_the_version_that_was_published_last(fake_run: Curated, tmp_path: Path) -> None:

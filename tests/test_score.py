@@ -57,6 +57,7 @@ def score_in_process(config: ScorerConfig, completions: Completions, store: Stor
             "prompts": shard["prompts"],
             "first": 0,
             "last": completions.samples,
+            "samples": shard["rows"] * completions.samples,
         }
         for generator in completions.generators.values()
         for shard in shards_of(store, completions.prompts)
@@ -306,7 +307,7 @@ def test_a_function_of_a_module_is_found_by_its_name(
 
 HOSTILE = """
 def score(prompt, text):
-    kind = prompt.fields["answer"] // 2
+    kind = prompt.fields["answer"] // 2 % 7
     if kind == 0:
         raise ValueError("bad: \\ud800 text")
     if kind == 1:
@@ -327,9 +328,9 @@ def test_a_function_that_gives_no_finite_number_gives_nulls_with_the_reason(answ
     completions, store = answered
     config = function_scorer(tmp_path / "hostile.py", HOSTILE)
     counts = score_in_process(config, completions, store)
-    assert sum(count["missing"] for count in counts) == 10
+    assert sum(count["missing"] for count in counts) == 16
     rows = rewards_of(config, completions, store)
-    assert [row["rewards"][0] for row in rows] == [None] * 5 + [2.5] + [1.0] * 4
+    assert [row["rewards"][0] for row in rows] == [None] * 5 + [2.5, 1.0] + [None] * 3
     assert [row["reasons"][0].split(":")[0] for row in rows[:5]] == [
         "function raised ValueError",
         "not finite",
@@ -337,14 +338,14 @@ def test_a_function_that_gives_no_finite_number_gives_nulls_with_the_reason(answ
         "function raised TypeError",
         "function raised OverflowError",
     ]
-    assert all(row["reasons"] == [None, None] for row in rows[5:])
-    with pytest.raises(RunError, match="10 of 20 rewards of scorer 'f' are missing, more than max_missing 5%"):
+    assert all(row["reasons"] == [None, None] for row in rows[5:7])
+    with pytest.raises(RunError, match="16 of 20 rewards of scorer 'f' are missing, more than max_missing 5%"):
         score(ScoreConfig(scorers=[config]), completions, store)
-    rewards = score(ScoreConfig(scorers=[config], max_missing=0.5), completions, store)
-    assert (rewards.counts.into, rewards.counts.out) == (20, 10)
+    rewards = score(ScoreConfig(scorers=[config], max_missing=0.8), completions, store)
+    assert (rewards.counts.into, rewards.counts.out) == (20, 4)
     assert rewards.counts.dropped == {
-        "f: function raised ValueError": 2,
-        "f: not finite": 4,
+        "f: function raised ValueError": 4,
+        "f: not finite": 8,
         "f: function raised TypeError": 2,
         "f: function raised OverflowError": 2,
     }
@@ -357,6 +358,19 @@ def test_samples_that_another_run_made_are_not_counted(answered: Any, tmp_path: 
     one = generate(GenerateConfig(samples=1, generators=[{"name": "g", "engine": "fake"}]), completions.prompts, store)
     rewards = score(ScoreConfig(scorers=[config]), one, store)
     assert (rewards.counts.into, rewards.counts.out, rewards.work.samples) == (10, 10, 0)
+
+
+def test_a_function_that_lacks_what_it_needs_leaves_no_rewards_and_works_when_that_is_there(
+    answered: Any, tmp_path: Path, local_ray: Any
+) -> None:
+    completions, store = answered
+    key = tmp_path / "answers.txt"
+    config = function_scorer(tmp_path / "keyed.py", f"def score(prompt, text): return len(open({str(key)!r}).read())")
+    with pytest.raises(RunError, match=r"scorer 'f': function raised FileNotFoundError.* of \d completions"):
+        score(ScoreConfig(scorers=[config]), completions, store)
+    key.write_text("abc")
+    rewards = score(ScoreConfig(scorers=[config]), completions, store)
+    assert rewards.counts.out == 20
 
 
 @pytest.mark.parametrize(

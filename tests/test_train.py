@@ -98,6 +98,39 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(trained: Any, tmp_path: 
     assert worker._last_checkpoint(tmp_path / "room").name == "checkpoint-4"
 
 
+def test_an_attempt_leaves_the_checkpoints_of_another_that_still_runs(trained: Any, tmp_path: Path) -> None:
+    config, _, _ = trained
+    cut = copy_store(trained[1], tmp_path / "store")
+    one, two = (TrainWorker(config, "delta", "inputs", cut.url) for _ in range(2))
+
+    def save(worker: TrainWorker, step: int) -> None:
+        folder = tmp_path / worker.attempt / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(str(step))
+        worker._save_checkpoint(folder)
+
+    def kept(worker: TrainWorker) -> list[str]:
+        return [path.split("/")[-2] for path in worker._complete() if worker.attempt in path]
+
+    for step in (2, 4, 6):
+        save(one, step)
+    assert two._last_checkpoint(tmp_path / "room").name == "checkpoint-6"
+    save(two, 8)
+    save(one, 8)
+    assert (kept(one), kept(two)) == (["checkpoint-6", "checkpoint-8"], ["checkpoint-8"])
+    save(two, 10)  # now two has enough of its own: what it started from may go
+    assert (kept(one), kept(two)) == (["checkpoint-8"], ["checkpoint-8", "checkpoint-10"])
+    save(one, 10)
+    assert kept(one) == ["checkpoint-8", "checkpoint-10"]
+
+
+def test_settings_that_leave_the_weights_alone_are_not_in_the_name_of_a_policy(trained: Any, tmp_path: Path) -> None:
+    config, store, version = trained
+    changed = config.model_copy(update={"train": config.train.model_copy(update={"save_steps": 3})})
+    assert str(train(changed, store)) == str(version)
+    assert str(tmp_path.anchor) not in read_manifest(store, version)["content"]["parents"]["model_name"]
+
+
 def test_pairs_that_do_not_fit_are_dropped_and_counted(trained: Any, tiny_models: TinyModels, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

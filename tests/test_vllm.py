@@ -75,6 +75,22 @@ def test_logprobs_are_the_models_own_at_temperature_one(generator: EngineLoop, w
             assert math.isclose(sample.logprob, expected, abs_tol=1e-3)
 
 
+def test_texts_are_those_that_vllm_writes_itself(generator: EngineLoop) -> None:
+    from vllm import TokensPrompt
+
+    from tasks.engines.chat import prompt_ids
+
+    engine = generator.engine
+    requests = [GenerationRequest(prompt, 1000 * i, 0, 4) for i, prompt in enumerate(PROMPTS)]
+    params = [engine.params(request) for request in requests]
+    for one in params:
+        one.detokenize = True
+    ids = [TokensPrompt(prompt_token_ids=prompt_ids(engine.tokenizer, prompt)) for prompt in PROMPTS]
+    ours = ask(generator, 0, 4)  # the loop is idle afterwards, so that the engine may be asked beside it
+    outputs = engine.llm.generate(ids, params, use_tqdm=False)
+    assert texts(ours) == [[sample.text for sample in output.outputs] for output in outputs]
+
+
 def test_a_prompt_that_does_not_fit_is_refused_and_the_others_are_answered(generator: EngineLoop) -> None:
     requests = [GenerationRequest([{"role": "user", "content": "a" * n}], 1, 0, 2) for n in (3, 500, 4)]
     short, long, other = generator.submit(requests).result(timeout=120)

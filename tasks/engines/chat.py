@@ -1,4 +1,4 @@
-"""Chat messages to token ids, the same for every engine.
+"""Chat messages to token ids, and drawn ids to text, the same for every engine.
 
 Text rendered by a chat template is never tokenised a second time: a template writes its own BOS, and the tokenizer
 would add another.
@@ -32,6 +32,17 @@ def scored_ids(tokenizer: Any, messages: Messages, completion: str) -> list[int]
         whole = [*messages, {"role": "assistant", "content": completion}]
         return _by_template(tokenizer, whole, add_generation_prompt=False)
     return tokenizer(_single_text(messages) + completion)["input_ids"]
+
+
+def written(tokenizer: Any, drawn: list[int], finish_reason: str) -> str:
+    """The text of a sample's token ids.
+
+    The token that ended it is left out, whether the tokenizer calls that special or not. A sample that was cut may end
+    within a character of several bytes; what there is of that says nothing, and is left out too.
+    """
+    ids = drawn[:-1] if finish_reason == "stop" else drawn
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.rstrip("\N{REPLACEMENT CHARACTER}") if finish_reason == "length" else text
 
 
 def _by_template(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> list[int]:

@@ -23,7 +23,7 @@ from transformers import (
 
 from tasks.config import GeneratorConfig, ModelConfig, SamplingConfig, ScorerConfig
 from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest
-from tasks.engines.chat import prompt_ids, scored_ids
+from tasks.engines.chat import prompt_ids, scored_ids, written
 from tasks.errors import RunError
 
 
@@ -99,9 +99,8 @@ class TransformersGenerator:
         """tokens and logprobs: one row of the batch, [steps]; what follows the end token is padding."""
         end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
         kept = tokens if end is None else tokens[: end + 1]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
         reason = "length" if end is None else "stop"
-        return Sample(text, reason, len(kept), logprobs[: len(kept)].sum().item())
+        return Sample(written(self.tokenizer, kept, reason), reason, len(kept), logprobs[: len(kept)].sum().item())
 
 
 class TransformersRewardModel:

@@ -23,7 +23,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from tasks.config import GeneratorConfig, ModelConfig, ScorerConfig
 from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest
-from tasks.engines.chat import prompt_ids, scored_ids
+from tasks.engines.chat import prompt_ids, scored_ids, written
 from tasks.errors import RunError
 
 
@@ -69,11 +69,13 @@ class VllmGenerator(_VllmEngine):
             top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
             logprobs=0,  # the drawn token's only; cumulative_logprob needs it
+            flat_logprobs=True,  # one list instead of an object per token
+            detokenize=False,  # once per sample instead of at every token, below
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def step(self) -> list[tuple[int, Answer]]:
-        return [(_key(output), _answer(output)) for output in self.engine.step() if output.finished]
+        return [(_key(output), _answer(output, self.tokenizer)) for output in self.engine.step() if output.finished]
 
 
 class VllmRewardModel(_VllmEngine):
@@ -127,9 +129,14 @@ def _key(output: Any) -> int:
     return int(output.request_id.split("-", 1)[0])
 
 
-def _answer(output: Any) -> Answer:
+def _answer(output: Any, tokenizer: Any) -> Answer:
     samples = [
-        Sample(sample.text, sample.finish_reason, len(sample.token_ids), sample.cumulative_logprob)
-        for sample in sorted(output.outputs, key=lambda sample: sample.index)
+        Sample(
+            written(tokenizer, list(drawn.token_ids), drawn.finish_reason),
+            drawn.finish_reason,
+            len(drawn.token_ids),
+            drawn.cumulative_logprob,
+        )
+        for drawn in sorted(output.outputs, key=lambda drawn: drawn.index)
     ]
     return Answer(len(output.prompt_token_ids), samples)
