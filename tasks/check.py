@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from tasks import models
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
@@ -37,11 +39,20 @@ def checks(config: RunConfig, probe: bool = True) -> Iterator[Check]:
 
 def _distinct(config: CurateConfig | EvaluateConfig, store: Store) -> str:
     """A model under two names would be paid for twice, and be preferred to itself."""
-    generators = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
-    scorers = {s.name: models.scorer_fingerprint(s, store) for s in config.score.scorers}
+    generators = _fingerprints(config.generate.generators, models.generator_fingerprint, store)
+    scorers = _fingerprints(config.score.scorers, models.scorer_fingerprint, store)
     models.check_distinct("generate.generators", generators)
     models.check_distinct("score.scorers", scorers)
     return f"different things: {', '.join([*generators, *scorers])}"
+
+
+def _fingerprints(configs: Sequence[Any], fingerprint: Callable[[Any, Store], str], store: Store) -> dict[str, str]:
+    """By name, of those that exist: what does not has its own check."""
+    found = {}
+    for config in configs:
+        with contextlib.suppress(ConfigError):
+            found[config.name] = fingerprint(config, store)
+    return found
 
 
 def _generator(config: CurateConfig | EvaluateConfig, i: int, store: Store) -> Callable[[], str]:
