@@ -47,7 +47,7 @@ ifeq ($(ENGINE)$(UV_FIND_LINKS),cpu)
 else
 	@$(INSTALL) --quiet
 endif
-	@touch $@
+	@rm -f .venv/.ready-* && touch $@
 
 clean:
 	rm -rf .venv .prefsieve

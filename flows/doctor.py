@@ -36,7 +36,8 @@ def examine(config: RunConfig) -> dict[str, Any]:
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
-    """What a run of this configuration would find and make; raises as the run would."""
+    """What a run of this configuration would find and make. Raises as the run would, but for a store that cannot be
+    written: finding that out would write."""
     findings = [{"what": what, "found": found} for what, found in check(config, probe=False).items()]
     work: list[dict[str, Any]] = []
     store = Store(config.store_url)

@@ -34,7 +34,7 @@ def checks(config: RunConfig, probe: bool = True) -> Iterator[Check]:
             yield f"generator {generator.name}", _generator(config, i, store)
         for i, scorer in enumerate(config.score.scorers):
             yield f"scorer {scorer.name}", _scorer(config, i, store)
-        yield "names", lambda: _distinct(config, store)
+        yield "models and functions", lambda: _distinct(config, store)
 
 
 def _distinct(config: CurateConfig | EvaluateConfig, store: Store) -> str:
@@ -43,7 +43,7 @@ def _distinct(config: CurateConfig | EvaluateConfig, store: Store) -> str:
     scorers = _fingerprints(config.score.scorers, models.scorer_fingerprint, store)
     models.check_distinct("generate.generators", generators)
     models.check_distinct("score.scorers", scorers)
-    return f"different things: {', '.join([*generators, *scorers])}"
+    return "none stands under two names"
 
 
 def _fingerprints(configs: Sequence[Any], fingerprint: Callable[[Any, Store], str], store: Store) -> dict[str, str]:

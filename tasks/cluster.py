@@ -58,8 +58,8 @@ def connect(address: str = "local") -> Any:
         ray.init(**options)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise ConfigError(
-            f"ray_address: no Ray cluster at {address!r}, or not without its token; start one with `ray start --head`, "
-            "use local, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            f"ray_address: no Ray cluster at {address!r}, or it wants a token; start one with `ray start --head`, use "
+            "local, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
     return ray
 
@@ -131,24 +131,32 @@ def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
                 ready, last = min(ready, answer["ready_at"]), max(last, answer["done_at"])
                 pool.on_done(answer)
     finally:
-        for executor in _executors.pop(run):  # what still runs after an error must not run beside the next try
-            executor.shutdown(force=True)
-        for driver in drivers:
-            driver.join()
+        _end(drivers, run)
     return last - ready
+
+
+def _end(drivers: list[threading.Thread], run: str) -> None:
+    """Wait until nothing of a run goes on: what outlived an error would work beside the next try."""
+    running = [driver for driver in drivers if driver.ident is not None]
+    while running:
+        for executor in _executors[run]:  # again and again, since one that is just starting takes no notice
+            executor.shutdown(force=True)
+        running[0].join(timeout=1)
+        running = [driver for driver in running if driver.is_alive()]
+    del _executors[run]
 
 
 def _dataset(ray: Any, pool: Pool, run: str) -> Any:
     """A pool as Ray Data sees it; nothing runs before it is iterated over."""
     importlib.import_module("ray.data")
-    context = ray.data.DataContext.get_current()
-    context.custom_execution_callback_classes = [_remembering(run)]
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # max_concurrency has no named parameter in 2.60
-        return ray.data.from_items(pool.items, override_num_blocks=len(pool.items)).map_batches(
+        items = ray.data.from_items(pool.items, override_num_blocks=len(pool.items))
+        items.context.custom_execution_callback_classes = [_remembering(run)]
+        items.context.enable_progress_bars = False
+        items.context.print_on_execution_start = False
+        return items.map_batches(
             _Actor,
             fn_constructor_args=(pool.worker, pool.arguments),
             batch_size=1,
@@ -243,6 +251,17 @@ def reraise(ray: Any) -> Iterator[None]:
         if isinstance(inner, ConfigError | RunError):
             raise inner from error
         raise (Unreachable if is_network_fault(inner) else RunError)(_said(inner)) from error
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """In a worker: say that a server could not be reached while that can be told. Pickling drops an error's cause."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, Unreachable) and is_network_fault(error):
+            raise Unreachable(_said(error)) from error
+        raise
 
 
 def _said(error: BaseException) -> str:

@@ -45,7 +45,9 @@ class IngestConfig(Section):
     limit: int = Field(0, ge=0, description="Take only the first rows; 0 takes all.")
     max_chars: int = Field(100_000, ge=1, description="A longer prompt is quarantined.")
     max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
-    shard_size: int = Field(256, ge=1, description="Prompts per shard, the unit of work and of loss in a crash.")
+    shard_size: int = Field(
+        256, ge=1, description="Prompts per shard, the unit of work and loss; known prompts keep shards no larger."
+    )
 
 
 class ModelConfig(Section):

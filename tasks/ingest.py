@@ -206,14 +206,14 @@ def _example(row: int, reason: str, excerpt: str) -> str:
 class _ShardWriter:
     """Cuts rows into shards: where they were cut before, as late as possible, and otherwise at shard_size.
 
-    Every shard leaves a mark prompts/cuts/<first prompt>.<rows>.<prompts>.json.
+    Every shard leaves a mark, an empty file prompts/cuts/<first prompt>.<rows>.<prompts>.
     """
 
     def __init__(self, store: Store, shard_size: int) -> None:
         self.store, self.shard_size = store, shard_size
         self.cuts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # first prompt id -> rows, digest of all ids
         for mark in store.list("prompts/cuts"):
-            first, rows, prompts = mark.removeprefix("prompts/cuts/").split(".")[:3]
+            first, rows, prompts = mark.removeprefix("prompts/cuts/").split(".")
             self.cuts[first].append((int(rows), prompts))
         self.shards: list[dict[str, Any]] = []
         self.open: list[dict[str, Any]] = []
@@ -237,7 +237,7 @@ class _ShardWriter:
         shard: dict[str, Any] = {"digest": digest(taken), "prompts": prompts, "rows": rows}
         self.store.create_table(shard_path(shard["digest"]), pa.Table.from_pylist(taken, schema=PROMPTS))
         if not known:
-            self.store.create_json(f"prompts/cuts/{ids[0]}.{rows}.{prompts}.json", shard)
+            self.store.create(f"prompts/cuts/{ids[0]}.{rows}.{prompts}", b"")
         self.shards.append(shard)
 
 

@@ -85,7 +85,7 @@ def check_distinct(field: str, fingerprints: dict[str, str]) -> None:
         if fingerprint in names:
             raise ConfigError(
                 f"{field}: {names[fingerprint]!r} and {name!r} are the same model or function with the same settings; "
-                "remove one, or change its seed or sampling"
+                "remove one, or change what it does"
             )
         names[fingerprint] = name
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tasks.errors import RunError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

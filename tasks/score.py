@@ -33,6 +33,10 @@ from tasks.store import Store
 _RAISED = "function raised"
 
 
+class TooManyMissing(RunError):
+    """More rewards are missing than the configuration allows."""
+
+
 def score(
     config: ScoreConfig, completions: Completions, store: Store, report: Report = silent, address: str = "local"
 ) -> Rewards:
@@ -62,8 +66,12 @@ def score(
         for s in scorers
         if missing[s.name]
     ]
-    engine_seconds = run_pools(pools, address)
-    counts = _count(config, fingerprints, files, store)
+    try:
+        engine_seconds = run_pools(pools, address)
+        counts = _count(config, fingerprints, files, store)
+    except TooManyMissing:
+        _forget_raised(scorers, fingerprints, files, store)
+        raise
     made = sum(map(len, missing.values()))
     work = Work(
         shards_made=made,
@@ -99,7 +107,6 @@ class ScoreWorker:
         unique = list(dict.fromkeys(places))
         ask = self._by_function if self.config.type == "function" else self._by_model
         answers = dict(zip(unique, await ask(rows, unique), strict=True))
-        _check_raised(self.config, list(answers.values()))
         outcomes = [answers[place] for place in places]
         table = _table([row["prompt_id"] for row in rows], texts, outcomes)
         path = _path(self.config, self.fingerprint, item)
@@ -127,13 +134,6 @@ class ScoreWorker:
             return _finite(float(self.function(prompt, text)))
         except Exception as error:  # somebody else's code on a hostile text: that reward is missing, the run goes on
             return f"{_RAISED} {type(error).__name__}: {error}"[:500].encode(errors="backslashreplace").decode()
-
-
-def _check_raised(scorer: ScorerConfig, outcomes: list[float | str]) -> None:
-    """A function that raises on most texts is broken, or what it needs is not there: that is no result to keep."""
-    raised = [outcome for outcome in outcomes if isinstance(outcome, str) and outcome.startswith(_RAISED)]
-    if len(raised) > len(outcomes) / 2:
-        raise RunError(f"scorer {scorer.name!r}: {raised[0]} (and so for {len(raised)} of {len(outcomes)} completions)")
 
 
 def rewards_path(scorer: str, generator: str, rated: str, samples: Range) -> str:
@@ -174,6 +174,18 @@ def _path(scorer: ScorerConfig, fingerprint: str, item: dict[str, Any]) -> str:
     return rewards_path(fingerprint, item["generator"], rated, (item["first"], item["last"]))
 
 
+def _forget_raised(
+    scorers: list[ScorerConfig], fingerprints: dict[str, str], files: list[dict[str, Any]], store: Store
+) -> None:
+    """Ask functions again where they raised: what they lacked may be there the next time. A model would say the same."""
+    for scorer in scorers:
+        there = set(store.list(f"rewards/{fingerprints[scorer.name]}")) if scorer.type == "function" else set()
+        for path in {_path(scorer, fingerprints[scorer.name], item) for item in files} & there:
+            reasons = store.read_table(path, ["reasons"])["reasons"].combine_chunks().flatten()
+            if any(reason.startswith(_RAISED) for reason in reasons.drop_null().to_pylist()):
+                store.remove(path)
+
+
 def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else f"not finite: {value}"
 
@@ -210,7 +222,7 @@ def _count(config: ScoreConfig, fingerprints: dict[str, str], files: list[dict[s
 
 def _check_missing(config: ScoreConfig, name: str, missing: int, of: float, example: str) -> None:
     if missing > config.max_missing * of:
-        raise RunError(
+        raise TooManyMissing(
             f"score: {missing} of {of:,.0f} rewards of scorer {name!r} are missing, more than max_missing "
             f"{config.max_missing:.0%}: {example}. The completions are kept; mend the scorer and run again."
         )

@@ -86,7 +86,6 @@ def source_digest(config: IngestConfig) -> str:
 
 def _remote_digest(fs: Any, path: str) -> bytes:
     """By the checksum that the server tells, so that a large file is read once only; else by the bytes."""
-    fs.invalidate_cache()  # a listing from before would hide that the file has changed
     told = fs.info(path)
     checksums = [str(told[name]) for name in ("ETag", "Content-MD5", "Digest") if told.get(name)]
     if checksums:
@@ -252,6 +251,7 @@ def _files(config: IngestConfig, missing_ok: bool = False) -> list[tuple[Any, st
     try:
         source = config.source if "://" in config.source else str(Path(config.source).expanduser())
         fs, path = fsspec.core.url_to_fs(source)
+        fs.invalidate_cache()  # a listing from before would hide that a file has changed
         if fs.isfile(path):
             return [(fs, path)]
         if any(letter in path for letter in "*?["):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import models
-from tasks.cluster import check_room, connect, reraise
+from tasks.cluster import check_room, connect, reraise, telling
 from tasks.config import TrainConfig, is_local_path
 from tasks.progress import Meter, Report, silent
 from tasks.records import SCHEMA_VERSION, Counts, Version, Work, digest
@@ -112,7 +112,7 @@ class TrainWorker:
 
     def run(self) -> str:
         """Train and publish; the policy's version."""
-        with tempfile.TemporaryDirectory() as room:
+        with telling(), tempfile.TemporaryDirectory() as room:
             folder = Path(room) / "version"
             data = fetch_version(self.store, self.subset, "data/", Path(room) / "data")
             from tasks.trainers.dpo import train_dpo  # takes seconds: what is damaged is said before
@@ -132,7 +132,7 @@ class TrainWorker:
             content = self._content(counts)
             (folder / "README.md").write_text(_card(content), encoding="utf-8")
             version = publish_folder(self.store, "policies", self.config.name, folder, content)
-        remember_build(self.store, version, self.inputs)
+            remember_build(self.store, version, self.inputs)
         return version.version
 
     def _on_step(self, step: int, steps: int, metrics: dict[str, float]) -> None:
@@ -171,14 +171,9 @@ class TrainWorker:
         names = [str(file.relative_to(folder)) for file in files]
         self.store.create(f"{place}/complete.json", to_json({"files": names}))
         mine = [complete for complete in self._complete() if f"/{self.attempt}/" in complete]
-        if len(mine) > _KEPT:
-            self._forget(mine[:-_KEPT])
-        if len(mine) >= _KEPT:
-            self._forget(self.earlier)
-            self.earlier = []
-
-    def _forget(self, checkpoints: list[str]) -> None:
-        for complete in checkpoints:
+        known = [*self.earlier, *mine]
+        self.earlier = [complete for complete in self.earlier if complete in known[-_KEPT:]]
+        for complete in known[:-_KEPT]:
             self.store.remove(complete)  # first what says that it is whole
             self.store.remove(complete.rpartition("/")[0])
 

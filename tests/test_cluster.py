@@ -10,12 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+import requests
+from aiohttp import ClientResponseError, ServerDisconnectedError
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from tasks.cluster import Pool, disconnecting, run_pools
 from tasks.config import GeneratorConfig
-from tasks.errors import RunError, Unreachable, is_network_fault
+from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
 
 ONE = GeneratorConfig(name="one", engine="fake")
 
@@ -120,7 +123,13 @@ def test_nothing_of_a_failed_run_goes_on_beside_the_next_try(local_ray: Any, tmp
         (ValueError("bad shape"), False),
         (EndpointConnectionError(endpoint_url="http://127.0.0.1:9"), True),
         (ClientError({"ResponseMetadata": {"HTTPStatusCode": 503}}, "PutObject"), True),
+        (ClientError({"ResponseMetadata": {"HTTPStatusCode": 409}}, "PutObject"), True),
         (ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}}, "PutObject"), False),
+        (NoCredentialsError(), False),
+        (ServerDisconnectedError(), True),
+        (ClientResponseError(None, (), status=403), False),
+        (requests.exceptions.ReadTimeout(), True),
+        (httpx.ConnectError("gone"), True),
     ],
 )
 def test_a_network_fault_is_told_from_others(error: Exception, worth_another_try: bool) -> None:
@@ -129,6 +138,10 @@ def test_a_network_fault_is_told_from_others(error: Exception, worth_another_try
         raise OSError("as s3fs says it") from error
     except OSError as wrapped:
         assert is_network_fault(wrapped) == worth_another_try
+    try:
+        raise ConfigError("as we say it, when the address is wrong") from error
+    except ConfigError as ours:
+        assert not is_network_fault(ours)
 
 
 def test_no_pools_need_no_ray() -> None:

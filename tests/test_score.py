@@ -324,7 +324,9 @@ def score(prompt, text):
 """
 
 
-def test_a_function_that_gives_no_finite_number_gives_nulls_with_the_reason(answered: Any, tmp_path: Path) -> None:
+def test_a_function_that_gives_no_finite_number_gives_nulls_with_the_reason(
+    answered: Any, tmp_path: Path, local_ray: Any
+) -> None:
     completions, store = answered
     config = function_scorer(tmp_path / "hostile.py", HOSTILE)
     counts = score_in_process(config, completions, store)
@@ -361,16 +363,16 @@ def test_samples_that_another_run_made_are_not_counted(answered: Any, tmp_path: 
 
 
 def test_a_function_that_lacks_what_it_needs_leaves_no_rewards_and_works_when_that_is_there(
-    answered: Any, tmp_path: Path, local_ray: Any
+    fake_run: Curated, tmp_path: Path, local_ray: Any
 ) -> None:
-    completions, store = answered
+    completions, store = fake_run.completions, copy_store(fake_run.store, tmp_path / "store")
     key = tmp_path / "answers.txt"
     config = function_scorer(tmp_path / "keyed.py", f"def score(prompt, text): return len(open({str(key)!r}).read())")
-    with pytest.raises(RunError, match=r"scorer 'f': function raised FileNotFoundError.* of \d completions"):
+    with pytest.raises(RunError, match="missing, more than max_missing 5%: function raised FileNotFoundError"):
         score(ScoreConfig(scorers=[config]), completions, store)
     key.write_text("abc")
     rewards = score(ScoreConfig(scorers=[config]), completions, store)
-    assert rewards.counts.out == 20
+    assert rewards.counts.out == rewards.counts.into == 320
 
 
 @pytest.mark.parametrize(
