@@ -177,7 +177,7 @@ def _path(scorer: ScorerConfig, fingerprint: str, item: dict[str, Any]) -> str:
 def _forget_raised(
     scorers: list[ScorerConfig], fingerprints: dict[str, str], files: list[dict[str, Any]], store: Store
 ) -> None:
-    """Ask functions again where they raised: what they lacked may be there the next time. A model would say the same."""
+    """Have functions asked again where they raised: what they lacked may be there then. A model would say the same."""
     for scorer in scorers:
         there = set(store.list(f"rewards/{fingerprints[scorer.name]}")) if scorer.type == "function" else set()
         for path in {_path(scorer, fingerprints[scorer.name], item) for item in files} & there:
