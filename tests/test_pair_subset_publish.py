@@ -143,7 +143,7 @@ def test_all_generators_take_part_unless_some_are_named(fake_run: Curated, tmp_p
     store = copy_store(fake_run.store, tmp_path / "store")
     table = pair(PairingConfig(), fake_run.rewards, store)
     rows = store.read_table(f"pairs/{table.digest}/pairs.parquet").to_pylist()
-    assert {row["chosen_generator"] for row in rows} == {"strong", "weak"}
+    assert {row[side] for row in rows for side in ("chosen_generator", "rejected_generator")} == {"strong", "weak"}
     assert {row["rewards_finite"] for row in rows} == {8}
 
 

@@ -48,7 +48,8 @@ class First(NamedTuple):
 @pytest.fixture(scope="module")
 def first(head: RayHead, place: Path) -> First:
     env = _client(head, AWS_SECRET_ACCESS_KEY="submitters-secret")
-    command = [sys.executable, "-m", "flows.cli", *_submit(head, "--json")]
+    # What a shell starts in the background ignores Ctrl-C, and so would what these tests start then.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "flows.cli", *_submit(head, "--json")]
     with subprocess.Popen(command, env=env, cwd=place, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr
         interrupted = ""
@@ -65,7 +66,7 @@ def first(head: RayHead, place: Path) -> First:
 
 
 def test_ctrl_c_leaves_the_job_running_and_the_same_command_follows_it(first: First) -> None:
-    assert first.status == 130
+    assert first.status == 130, first.interrupted
     assert "goes on without this terminal" in first.interrupted
     assert f"job {_job(first.interrupted)} is already" in first.attached
     assert _job(first.attached) == _job(first.interrupted)
