@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
 ifeq ($(ENGINE)$(UV_FIND_LINKS),cpu)
-	@$(INSTALL) --torch-backend=cpu --quiet || $(INSTALL) --quiet
+	@$(INSTALL) --torch-backend=cpu --quiet || { echo "Going on with PyTorch's default build, which is larger."; $(INSTALL) --quiet; }
 else
 	@$(INSTALL) --quiet
 endif
