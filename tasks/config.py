@@ -46,7 +46,7 @@ class IngestConfig(Section):
     max_chars: int = Field(100_000, ge=1, description="A longer prompt is quarantined.")
     max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
     shard_size: int = Field(
-        256, ge=1, description="Prompts per shard, the unit of work and loss; known prompts keep shards no larger."
+        256, ge=1, description="Prompts per shard, the unit of work. What was cut smaller before stays so."
     )
 
 
