@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import keyword
 import logging
 import os
 import sys
@@ -55,6 +56,22 @@ def curate(
 ) -> None:
     """Prompts in, published subsets out."""
     _run("curate", config, set_, store, dry_run, as_json)
+
+
+@app.command("import")
+def import_(
+    config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
+    """Rated completions or pairs that already exist, into the store; --dry-run shows how they are understood."""
+    from flows.shelf import import_source, preview_source
+
+    values = parse("curate", load_values(config, set_, store), config)
+    if values.import_ is None:
+        raise ConfigError(f"{config}: there is no section `import:` that says what to import")
+    if dry_run:
+        _print(as_json, preview_source(values.import_), "preview_markdown")
+    else:
+        _print(as_json, import_source(values), "import_markdown")
 
 
 @app.command()
@@ -245,7 +262,8 @@ def _run(flow: str, path: Path, changes: list[str], store: str, dry_run: bool, a
     with _flow_environment():
         import importlib
 
-        result = getattr(importlib.import_module(f"flows.{flow}"), flow)(**values)
+        arguments = {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in values.items()}
+        result = getattr(importlib.import_module(f"flows.{flow}"), flow)(**arguments)
     _print(as_json, result, f"{flow}_markdown")
 
 

@@ -10,13 +10,16 @@ from flows import markdown, reporting, stages
 from tasks.cluster import disconnecting
 from tasks.config import (
     CurateConfig,
+    EnsembleConfig,
     GenerateConfig,
+    ImportConfig,
     IngestConfig,
     PairingConfig,
     PublishConfig,
     ScoreConfig,
     SubsetConfig,
 )
+from tasks.explain import overlap
 from tasks.store import Store
 
 _PAIR = [PairingConfig()]
@@ -25,22 +28,26 @@ _PUBLISH = PublishConfig()
 
 @flow(name="curate")
 def curate(
-    ingest: IngestConfig,
-    generate: GenerateConfig,
-    score: ScoreConfig,
     subset: list[SubsetConfig],
+    ingest: IngestConfig | None = None,
+    import_: ImportConfig | None = None,
+    generate: GenerateConfig | None = None,
+    score: ScoreConfig | None = None,
+    ensembles: list[EnsembleConfig] | None = None,
     pair: list[PairingConfig] = _PAIR,
     publish: PublishConfig = _PUBLISH,
     store: str = "",
     ray_address: str = "local",
 ) -> dict[str, Any]:
-    """Generate and score completions, rank prompts, and publish subsets of preference pairs.
+    """Generate and score completions, or import them; rank prompts; publish subsets of preference pairs.
 
     Args:
-        ingest: Where the prompts come from.
-        generate: Which models answer them, and how often.
-        score: What rates the answers.
         subset: Which pairs to publish, under which names.
+        ingest: Where the prompts come from.
+        import_: Or: where completions come from that exist already, rated or in pairs.
+        generate: Which models answer the prompts, and how often.
+        score: What rates the answers.
+        ensembles: Scorers made of others.
         pair: How pairs are made from rated answers.
         publish: Form of the published files.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
@@ -48,8 +55,10 @@ def curate(
     """
     config = CurateConfig(
         ingest=ingest,
+        import_=import_,
         generate=generate,
         score=score,
+        ensembles=ensembles or [],
         subset=subset,
         pair=pair,
         publish=publish,
@@ -59,23 +68,27 @@ def curate(
     url = config.store_url
     with disconnecting():
         stages.check(config)
-        prompts = stages.ingest(config.ingest, url)
-        completions = stages.generate(config.generate, prompts, url, config.ray_address)
-        rewards = stages.score(config.score, completions, url, config.ray_address)
-        pairs = stages.pair(config.pair, rewards, url)
+        if config.import_:
+            rewards = stages.import_(config.import_, url)
+            if config.score:
+                rewards = rewards.joined(stages.score(config.score, rewards.completions, url, config.ray_address))
+        else:
+            assert config.ingest and config.generate and config.score
+            prompts = stages.ingest(config.ingest, url)
+            completions = stages.generate(config.generate, prompts, url, config.ray_address)
+            rewards = stages.score(config.score, completions, url, config.ray_address)
+        pairs = stages.pair(config, rewards, url)
         selections = stages.subset(config.subset, pairs, url)
         versions = stages.publish(config, selections, url)
+    rows = reporting.rows_up_to(rewards)
+    rows += [reporting.stage_row(f"pair {table.name}", table.counts, table.work) for table in pairs]
+    rows += [reporting.stage_row(f"subset {taken.name}", taken.counts, taken.work) for taken in selections]
+    rows += [reporting.stage_row(f"publish {version.name}", version.counts, version.work) for version in versions]
     report: dict[str, Any] = {
         "store": Store(url).url,
         "subsets": [reporting.subset_row(Store(url), version) for version in versions],
-        "stages": [
-            reporting.stage_row("ingest", prompts.counts, prompts.work),
-            reporting.stage_row("generate", completions.counts, completions.work),
-            reporting.stage_row("score", rewards.counts, rewards.work),
-            *(reporting.stage_row(f"pair {table.name}", table.counts, table.work) for table in pairs),
-            *(reporting.stage_row(f"subset {taken.name}", taken.counts, taken.work) for taken in selections),
-            *(reporting.stage_row(f"publish {version.name}", version.counts, version.work) for version in versions),
-        ],
+        "overlap": overlap(selections, Store(url)),
+        "stages": rows,
     }
     reporting.show_counts("curate", report["stages"])
     reporting.show_report("curate", markdown.curate_markdown(report))

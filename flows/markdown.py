@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.card import describe, dropped_words
+from tasks.card import dropped_words
 from tasks.progress import duration
 
 
@@ -90,6 +90,50 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def preview_markdown(result: dict[str, Any]) -> str:
+    """How the first rows of a source are understood."""
+    lines = [f"# Understood as form `{result['form']}`", "", f"Columns of a row: {', '.join(result['columns'])}", ""]
+    for prompt in result["prompts"]:
+        lines += [
+            f"## {_short(prompt['messages'], 200)}",
+            "",
+            f"Source {prompt['source']}, {len(prompt['messages'])} messages.",
+            "",
+        ]
+        rows = [
+            {**{k: v for k, v in c.items() if k not in ("ratings", "text")}, **c["ratings"], "text": _cut(c["text"])}
+            for c in prompt["completions"]
+        ]
+        lines += [*table(rows), ""]
+    if result["bad"]:
+        lines += ["## Rows that cannot be used", "", *(f"- {_cut(bad, 200)}" for bad in result["bad"][:10]), ""]
+    lines += [f"From the first {result['looked_at']} rows; nothing was written.", ""]
+    return "\n".join(lines)
+
+
+def import_markdown(result: dict[str, Any]) -> str:
+    """What was imported."""
+    counts, ratings = result["completions"], result["ratings"]
+    rows = [
+        {"": "completions", "in": counts["into"], "out": counts["out"], "dropped": dropped_words(counts["dropped"])},
+        {"": "ratings", "in": ratings["into"], "out": ratings["out"], "dropped": dropped_words(ratings["dropped"])},
+    ]
+    again = " (found in the store)" if result["reused"] else ""
+    return "\n".join(
+        [
+            f"# Imported {result['source']}{again}",
+            "",
+            f"{result['prompts']:,} prompts; ratings: {', '.join(ratings['names']) or 'none'}; "
+            f"{len(result['generators']):,} generators: {', '.join(result['generators'])}.",
+            "",
+            *table(rows),
+            "",
+            f"Store: `{result['store']}`",
+            "",
+        ]
+    )
+
+
 def subsets_markdown(result: dict[str, Any]) -> str:
     """The list of published subsets."""
     rows = [{**row, "latest": "yes" if row["latest"] else ""} for row in result["subsets"]]
@@ -104,7 +148,7 @@ def show_markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# {result['name']}@{result['version']}",
         "",
-        f"Takes {describe(content['subset'])}.",
+        f"Takes {content['explanation']['description']}.",
         "",
         *table(numbers),
     ]
@@ -160,5 +204,9 @@ def demo_markdown(result: dict[str, Any]) -> str:
 
 
 def _short(messages: list[dict[str, str]], length: int = 100) -> str:
-    text = " ".join(" ".join(message["content"] for message in messages).split())
+    return _cut(" ".join(message["content"] for message in messages), length)
+
+
+def _cut(text: str, length: int = 100) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= length else text[:length] + " ..."

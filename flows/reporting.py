@@ -17,9 +17,9 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from tasks.card import describe, dropped_words
+from tasks.card import dropped_words
 from tasks.progress import Progress, Report
-from tasks.records import Counts, Version, Work
+from tasks.records import Counts, Rewards, Version, Work
 from tasks.store import Store
 from tasks.versions import read_manifest
 
@@ -77,13 +77,24 @@ def stage_row(stage: str, counts: Counts, work: Work) -> dict[str, Any]:
     }
 
 
+def rows_up_to(rewards: Rewards) -> list[dict[str, Any]]:
+    """The stages that rewards came by: ingest, generate and score, or import, and score if anything was scored."""
+    completions = rewards.completions
+    prompts = completions.prompts
+    score = [stage_row("score", rewards.counts, rewards.work)] if rewards.scorers else []
+    if completions.authors:
+        return [stage_row("import", completions.counts, completions.work), *score]
+    generate = stage_row("generate", completions.counts, completions.work)
+    return [stage_row("ingest", prompts.counts, prompts.work), generate, *score]
+
+
 def subset_row(store: Store, version: Version) -> dict[str, Any]:
     """One published subset as a row of the report."""
     content = read_manifest(store, version)["content"]
     return {
         "name": version.name,
         "version": version.version,
-        "selection": describe(content["subset"]),
+        "selection": content["explanation"]["description"],
         "pairing": content["pairing"]["rule"],
         "pairs": content["summary"]["rows"],
         **{key: content["summary"][f"mean_{key}"] for key in ("pvar", "margin", "chosen_tokens", "rejected_tokens")},

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+import sys
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.card import describe
+from tasks import imports
+from tasks.config import CurateConfig, ImportConfig
+from tasks.progress import Progress
 from tasks.records import Counts, Version
 from tasks.store import Store
 from tasks.versions import damage, find_version, list_versions, locate, read_manifest
@@ -22,7 +27,7 @@ def list_subsets(store: Store) -> dict[str, Any]:
             "version": manifest["version"],
             "latest": manifest["latest"],
             "pairs": manifest["content"]["summary"]["rows"],
-            "selection": describe(manifest["content"]["subset"]),
+            "selection": manifest["content"]["explanation"]["description"],
             "pvar": manifest["content"]["summary"]["mean_pvar"],
             "margin": manifest["content"]["summary"]["mean_margin"],
             "created": manifest["created"],
@@ -45,6 +50,38 @@ def show_subset(store: Store, wanted: str, examples: int = 3) -> dict[str, Any]:
         "manifest": manifest,
         "examples": list(rows),
     }
+
+
+def import_source(config: CurateConfig) -> dict[str, Any]:
+    """Import what the configuration names; what is in the store then."""
+    assert config.import_
+    store = Store(config.store_url)
+    store.check()
+    rewards = imports.import_(config.import_, store, _tell)
+    completions = rewards.completions
+    return {
+        "store": store.url,
+        "source": config.import_.source,
+        "prompts": completions.prompts.counts.out,
+        "completions": asdict(completions.counts),
+        "ratings": {"names": list(rewards.scorers), **asdict(rewards.counts)},
+        "generators": list(completions.authors),
+        "reused": completions.work.shards_made == 0,
+    }
+
+
+def preview_source(config: ImportConfig) -> dict[str, Any]:
+    """The first prompts as they would be imported."""
+    shown = imports.preview(config)
+    for prompt in shown["prompts"]:
+        del prompt["prompt_id"]
+        prompt["fields"] = json.loads(prompt["fields"])
+    return shown
+
+
+def _tell(progress: Progress) -> None:
+    if progress.done and sys.stderr.isatty():
+        print(f"\r{progress.stage}: {progress}", end="", file=sys.stderr)
 
 
 def verify_subset(store: Store, wanted: str) -> dict[str, Any]:

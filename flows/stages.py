@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 import tasks.check
 import tasks.evaluate
 import tasks.generate
+import tasks.imports
 import tasks.ingest
 import tasks.pair
 import tasks.publish
@@ -25,8 +26,8 @@ from tasks.config import (
     CompareConfig,
     CurateConfig,
     GenerateConfig,
+    ImportConfig,
     IngestConfig,
-    PairingConfig,
     RunConfig,
     ScoreConfig,
     SubsetConfig,
@@ -65,6 +66,12 @@ def ingest(config: IngestConfig, store: str) -> PromptSet:
         return tasks.ingest.ingest(config, Store(store), report)
 
 
+@task(name="import", task_run_name="import", **_STAGE)
+def import_(config: ImportConfig, store: str) -> Rewards:
+    with progress_artifact("import") as report:
+        return tasks.imports.import_(config, Store(store), report)
+
+
 @task(name="generate", task_run_name="generate", **_STAGE)
 def generate(config: GenerateConfig, prompts: PromptSet, store: str, ray_address: str) -> Completions:
     with progress_artifact("generate") as report:
@@ -78,18 +85,20 @@ def score(config: ScoreConfig, completions: Completions, store: str, ray_address
 
 
 @task(name="pair", task_run_name="pair", **_STAGE)
-def pair(configs: list[PairingConfig], rewards: Rewards, store: str) -> list[Pairs]:
+def pair(config: CurateConfig, rewards: Rewards, store: str) -> list[Pairs]:
     with progress_artifact("pair") as report:
-        return [tasks.pair.pair(config, rewards, Store(store), report) for config in configs]
+        return [tasks.pair.pair(rule, rewards, Store(store), report, config.ensembles) for rule in config.pair]
 
 
 @task(name="subset", task_run_name="subset", **_STAGE)
 def subset(configs: list[SubsetConfig], pairs: list[Pairs], store: str) -> list[Selection]:
+    """Every subset, each followed by its controls."""
     tables = {table.name: table for table in pairs}
     with progress_artifact("subset") as report:
         return [
-            tasks.subset.subset(config, tables[config.pairs or pairs[0].name], Store(store), report)
+            selection
             for config in configs
+            for selection in tasks.subset.subset(config, tables[config.pairs or pairs[0].name], Store(store), report)
         ]
 
 
@@ -98,7 +107,7 @@ def publish(config: CurateConfig, selections: list[Selection], store: str) -> li
     with progress_artifact("publish") as report:
         return [
             tasks.publish.publish(config.publish, subset, selection, Store(store), report)
-            for subset, selection in zip(config.subset, selections, strict=True)
+            for subset, selection in zip(config.subset_of_each_name(), selections, strict=True)
         ]
 
 

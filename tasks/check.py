@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tasks import models
-from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.config import (
+    CurateConfig,
+    EvaluateConfig,
+    GeneratorConfig,
+    ImportConfig,
+    RunConfig,
+    ScorerConfig,
+    TrainConfig,
+)
 from tasks.errors import ConfigError
+from tasks.imports import preview
 from tasks.sources import find_source
 from tasks.store import Store
 from tasks.versions import find_version
@@ -28,21 +37,32 @@ def checks(config: RunConfig, probe: bool = True) -> Iterator[Check]:
     if isinstance(config, TrainConfig):
         yield f"subset {config.subset}", lambda: str(find_version(store, config.subset))
         yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
+    if isinstance(config, CurateConfig) and config.import_:
+        source = config.import_
+        yield f"completions {source.source}", lambda: _understood(source)
     if isinstance(config, CurateConfig | EvaluateConfig):
-        yield f"prompts {config.ingest.source}", lambda: find_source(config.ingest)
-        for i, generator in enumerate(config.generate.generators):
-            yield f"generator {generator.name}", _generator(config, i, store)
-        for i, scorer in enumerate(config.score.scorers):
-            yield f"scorer {scorer.name}", _scorer(config, i, store)
+        if config.ingest:
+            prompts = config.ingest
+            yield f"prompts {prompts.source}", lambda: find_source(prompts)
+        for i, generator in enumerate(config.generate.generators if config.generate else []):
+            yield f"generator {generator.name}", _generator(generator, f"generate.generators.{i}", store)
+        for i, scorer in enumerate(config.score.scorers if config.score else []):
+            yield f"scorer {scorer.name}", _scorer(scorer, f"score.scorers.{i}", store)
         yield "models and functions", lambda: _distinct(config, store)
+
+
+def _understood(config: ImportConfig) -> str:
+    seen = preview(config)
+    bad = f", {len(seen['bad'])} of the first {seen['looked_at']} rows bad" if seen["bad"] else ""
+    return f"form {seen['form']}{bad}"
 
 
 def _distinct(config: CurateConfig | EvaluateConfig, store: Store) -> str:
     """A model under two names would be paid for twice, and be preferred to itself."""
-    generators = _fingerprints(config.generate.generators, models.generator_fingerprint, store)
-    scorers = _fingerprints(config.score.scorers, models.scorer_fingerprint, store)
-    models.check_distinct("generate.generators", generators)
-    models.check_distinct("score.scorers", scorers)
+    generators = config.generate.generators if config.generate else []
+    scorers = config.score.scorers if config.score else []
+    models.check_distinct("generate.generators", _fingerprints(generators, models.generator_fingerprint, store))
+    models.check_distinct("score.scorers", _fingerprints(scorers, models.scorer_fingerprint, store))
     return "none stands under two names"
 
 
@@ -55,29 +75,25 @@ def _fingerprints(configs: Sequence[Any], fingerprint: Callable[[Any, Store], st
     return found
 
 
-def _generator(config: CurateConfig | EvaluateConfig, i: int, store: Store) -> Callable[[], str]:
-    generator = config.generate.generators[i]
-
+def _generator(generator: GeneratorConfig, field: str, store: Store) -> Callable[[], str]:
     def find_out() -> str:
-        _engine_installed(f"generate.generators.{i}.engine", generator.engine)
+        _engine_installed(f"{field}.engine", generator.engine)
         if generator.engine == "fake":
             return "fake engine"
-        return f"{generator.engine}, {models.identity(f'generate.generators.{i}.model', generator, store)}"
+        return f"{generator.engine}, {models.identity(f'{field}.model', generator, store)}"
 
     return find_out
 
 
-def _scorer(config: CurateConfig | EvaluateConfig, i: int, store: Store) -> Callable[[], str]:
-    scorer = config.score.scorers[i]
-
+def _scorer(scorer: ScorerConfig, field: str, store: Store) -> Callable[[], str]:
     def find_out() -> str:
         if scorer.type == "function":
             models.load_function(scorer)
             return f"function in {models.function_source(scorer)}"
-        _engine_installed(f"score.scorers.{i}.engine", scorer.engine)
+        _engine_installed(f"{field}.engine", scorer.engine)
         if scorer.engine == "fake":
             return "fake engine"
-        return f"{scorer.engine}, {models.identity(f'score.scorers.{i}.model', scorer, store)}"
+        return f"{scorer.engine}, {models.identity(f'{field}.model', scorer, store)}"
 
     return find_out
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,22 +32,68 @@ class Section(BaseModel):
 class ColumnsConfig(Section):
     prompt: str = Field("prompt", description="Column with the prompt: a text, or a list of chat messages.")
     source: str = Field("source", description="Column that says where a row comes from. May be absent.")
-    keep: list[str] = Field([], description="Further columns that function scorers need, such as the answer.")
+    keep: list[str] = Field([], description="Further columns, for function scorers and strata, such as the answer.")
 
 
-class IngestConfig(Section):
+class SourceConfig(Section):
+    stage: ClassVar[str]
+
     source: str = Field(description="File, folder, glob, s3:// URL, or data set name on the Hugging Face hub.")
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "disk", "hub"] = Field(
         "auto", description="auto goes by the ending; disk is a save_to_disk folder; hub a data set name."
     )
     split: str = Field("train", description="Split to take, for disk and hub.")
-    columns: ColumnsConfig = Field(ColumnsConfig(), description="Which columns hold what.")
     limit: int = Field(0, ge=0, description="Take only the first rows; 0 takes all.")
     max_chars: int = Field(100_000, ge=1, description="A longer prompt is quarantined.")
     max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
     shard_size: int = Field(
         256, ge=1, description="Prompts per shard, the unit of work. What was cut smaller before stays so."
     )
+
+
+class IngestConfig(SourceConfig):
+    stage: ClassVar[str] = "ingest"
+
+    columns: ColumnsConfig = Field(ColumnsConfig(), description="Which columns hold what.")
+
+
+class RatingConfig(Section):
+    """Ratings that came with the completions; they stand under their name as a scorer's rewards do."""
+
+    name: Name = Field(description="Your name for it, used by pairings and reports.")
+    column: str = Field("", description="Its column, or path.to.it in nested completions; empty takes the name.")
+    transform: Literal["none", "logit"] = Field("none", description="logit for probabilities: ln(p / (1 - p)).")
+    clip: float = Field(
+        0.0, ge=0, lt=0.5, description="Of logit: p is kept in [clip, 1 - clip]. At 0 a p of 0 or 1 is no rating."
+    )
+
+
+class ImportColumnsConfig(ColumnsConfig):
+    completions: str = Field("completions", description="Nested: a list of completions per row.")
+    generator: str = Field("generator", description="Who wrote a completion. May be absent.")
+    text: str = Field("text", description="The completion: a text or chat messages. Nested without completions: lists.")
+    chosen: str = Field("chosen", description="Pairs: the preferred completion, with or without its prompt.")
+    rejected: str = Field("rejected", description="Pairs: the other one.")
+    chosen_score: str = Field("score_chosen", description="Pairs: its score. May be absent.")
+    rejected_score: str = Field("score_rejected", description="Pairs: the other one's score. May be absent.")
+
+
+class ImportConfig(SourceConfig):
+    """Completions that exist already, rated or in pairs."""
+
+    stage: ClassVar[str] = "import"
+
+    form: Literal["auto", "long", "nested", "pairs"] = Field(
+        "auto", description="long: a row per completion; nested: lists in a row per prompt; auto goes by the columns."
+    )
+    columns: ImportColumnsConfig = Field(ImportColumnsConfig(), description="Which columns hold what.")
+    ratings: list[RatingConfig] = Field([], description="Columns with ratings. Pairs have their score columns.")
+    tokenizer: str = Field("", description="Folder or hub name that counts tokens; empty counts words and marks.")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> ImportConfig:
+        _unique("import.ratings", [rating.name for rating in self.ratings])
+        return self
 
 
 class ModelConfig(Section):
@@ -118,6 +164,13 @@ class ScorerConfig(ModelConfig):
         return self
 
 
+class EnsembleConfig(Section):
+    """Mean of its members' rewards, each z-scored over all completions of a pairing."""
+
+    name: Name = Field(description="Your name for it, used by pairings and reports.")
+    members: list[str] = Field(min_length=2, description="Scorers: NAME, or NAME:DIMENSION of a judge.")
+
+
 class ScoreConfig(Section):
     scorers: list[ScorerConfig] = Field(min_length=1, description="One or more sources of rewards.")
     max_missing: float = Field(0.05, ge=0, le=1, description="Stop when a larger share of the rewards is not finite.")
@@ -130,39 +183,126 @@ class ScoreConfig(Section):
 
 class PairingConfig(Section):
     name: Name = Field("pairs", description="Your name for this table of pairs, used by subsets.")
-    rule: Literal["best_vs_worst", "generator_delta"] = Field(
-        "best_vs_worst", description="By reward among all samples, or the stronger generator against the weaker."
+    rule: Literal["best_vs_worst", "best_vs_random", "random_pair", "generator_delta", "labelled"] = Field(
+        "best_vs_worst",
+        description="By reward among all samples; the stronger generator over the weaker; or as imported pairs say.",
     )
-    generators: list[Name] = Field(
+    generators: list[str] = Field(
         [], description="Whose samples take part; empty takes all. generator_delta: the stronger, then the weaker."
     )
-    scorer: Name | None = Field(None, description="Whose rewards decide; empty takes the first scorer.")
-    reward_scale: float = Field(
-        1.0, ge=0, description="T in PVar's sigmoid((r_i - r_j) / T). 0 takes the pooled deviation within prompts."
+    scorer: str | None = Field(
+        None, description="Whose rewards decide: NAME, or NAME:DIMENSION of a judge; empty takes the first."
     )
+    reward_scale: float | Literal["auto"] = Field(
+        1.0, description="T in PVar's sigmoid((r_i - r_j) / T); auto takes the pooled deviation within prompts."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Draws for best_vs_random and random_pair.")
 
     @model_validator(mode="after")
-    def _two_generators(self) -> PairingConfig:
+    def _consistent(self) -> PairingConfig:
         if self.rule == "generator_delta" and len(self.generators) != 2:
             raise ValueError(f"pairing {self.name!r}: generator_delta needs `generators: [stronger, weaker]`")
+        if self.reward_scale != "auto" and self.reward_scale <= 0:
+            raise ValueError(f"pairing {self.name!r}: reward_scale {self.reward_scale:g} must be above 0, or auto")
         _unique(f"pairing {self.name!r}: generators", self.generators)
         return self
 
 
-class SubsetConfig(Section):
-    name: Name = Field(description="Published under this name.")
-    pairs: Name | None = Field(None, description="Which pairing to take from; empty takes the first.")
-    rank: Literal["pvar", "margin", "random"] = Field("pvar", description="What orders the pairs.")
+class FilterStep(Section):
+    """Keeps the pairs whose metric lies in a range; a pair without the metric is dropped."""
+
+    filter: str = Field(description="A metric such as margin or length_difference, or a text column such as source.")
+    min: float | None = Field(None, description="At least this.")
+    max: float | None = Field(None, description="At most this.")
+    within: float | None = Field(None, ge=0, description="At most this far from 0, on either side.")
+    quantiles: tuple[float, float] | None = Field(
+        None, description="Between these shares of the pairs that the step gets, such as [0.2, 0.8]."
+    )
+    values: list[str] | None = Field(None, min_length=1, description="One of these, for text columns.")
+
+    @model_validator(mode="after")
+    def _one_test(self) -> FilterStep:
+        numeric = (self.min, self.max, self.within, self.quantiles)
+        if all(test is None for test in (*numeric, self.values)):
+            raise ValueError(f"filter {self.filter!r}: give min, max, within, quantiles or values")
+        if self.values is not None and any(test is not None for test in numeric):
+            raise ValueError(f"filter {self.filter!r}: values are for text, min, max, within and quantiles for numbers")
+        if self.quantiles and not 0 <= self.quantiles[0] < self.quantiles[1] <= 1:
+            raise ValueError(f"filter {self.filter!r}: quantiles {list(self.quantiles)} must rise within 0 and 1")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"filter {self.filter!r}: min {self.min:g} is above max {self.max:g}")
+        return self
+
+
+class RankStep(Section):
+    """Keeps one end of an order; ties fall by a seeded hash of the prompt."""
+
+    rank: str = Field(description="A metric such as pvar or margin; or random.")
     keep: Literal["top", "bottom"] = Field("top", description="Which end of the order to keep.")
     fraction: float | None = Field(None, gt=0, le=1, description="Share of the pairs to keep.")
     count: int | None = Field(None, ge=1, description="Or: how many pairs to keep.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Breaks ties, and orders rank: random.")
+    tokens: int | None = Field(None, ge=1, description="Or: as many pairs as have this many tokens on both sides.")
+    by: str | None = Field(None, description="Do so within each value of a column, such as source or field.difficulty.")
+    quotas: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description="With `by` and a count or tokens: each value's share of it; empty shares by size."
+    )
 
     @model_validator(mode="after")
-    def _one_size(self) -> SubsetConfig:
-        if (self.fraction is None) == (self.count is None):
-            raise ValueError(f"subset {self.name!r}: give either `fraction` or `count`")
+    def _one_size(self) -> RankStep:
+        if sum(size is not None for size in (self.fraction, self.count, self.tokens)) != 1:
+            raise ValueError(f"rank {self.rank!r}: give one of fraction, count and tokens")
+        if self.quotas and (self.by is None or self.fraction is not None):
+            raise ValueError(f"rank {self.rank!r}: quotas share out a count or tokens, and need `by`")
+        if sum(self.quotas.values()) > 1 + 1e-9:
+            raise ValueError(f"rank {self.rank!r}: quotas {self.quotas} add up to more than 1")
         return self
+
+
+Control = Literal["random", "bottom", "margin_matched", "length_matched"]
+
+
+def _kind_of_step(step: Any) -> str | None:
+    named = step if isinstance(step, dict) else step.__dict__ if isinstance(step, Section) else {}
+    return next((kind for kind in ("filter", "rank") if kind in named), None)
+
+
+Step = Annotated[
+    Annotated[FilterStep, Tag("filter")] | Annotated[RankStep, Tag("rank")],
+    Discriminator(
+        _kind_of_step,
+        custom_error_type="step",
+        custom_error_message="a step is `filter: METRIC` with min, max, within, quantiles or values, or `rank: METRIC` "
+        "with keep and fraction, count or tokens",
+    ),
+]
+
+
+class SubsetConfig(Section):
+    """Which pairs to publish: steps, each working on what the one before left."""
+
+    name: Name = Field(description="Published under this name.")
+    pairs: Name | None = Field(None, description="Which pairing to take from; empty takes the first.")
+    steps: list[Step] = Field(min_length=1, description="Filters and rankings, in order.")
+    controls: list[Control] = Field([], description="Subsets of equal size to compare with, published as NAME-CONTROL.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Breaks ties, and draws what is random.")
+
+    @model_validator(mode="after")
+    def _controls_have_a_ranking(self) -> SubsetConfig:
+        if len(set(self.controls)) < len(self.controls):
+            raise ValueError(f"subset {self.name!r}: a control is named twice")
+        if "bottom" in self.controls and not any(
+            isinstance(step, RankStep) and step.rank != "random" for step in self.steps
+        ):
+            raise ValueError(f"subset {self.name!r}: the control `bottom` needs a `rank` step by a metric")
+        return self
+
+    def names(self) -> list[str]:
+        """Of all that is published: the subset, then its controls."""
+        return [self.name, *(control_name(self.name, control) for control in self.controls)]
+
+
+def control_name(subset: str, control: str) -> str:
+    return f"{subset}-{control.replace('_', '-')}"
 
 
 class PublishConfig(Section):
@@ -179,35 +319,109 @@ class RunConfig(Section):
         return self.store or os.environ.get("PREFSIEVE_STORE", DEFAULT_STORE)
 
 
-class CurateConfig(RunConfig):
-    """Prompts in, published subsets out."""
+# Of the table of pairs; per further scorer there are margin.NAME, tau.NAME and flipped.NAME.
+METRICS = (
+    "pvar",
+    "pvar_error",
+    "rewards_finite",
+    "score_chosen",
+    "score_rejected",
+    "margin",
+    "generator_delta",
+    "disagreement",
+    "chosen_tokens",
+    "rejected_tokens",
+    "length_difference",
+)
+TEXT_COLUMNS = ("source", "chosen_generator", "rejected_generator")
+PER_SCORER = ("margin", "tau", "flipped")
+FIELD = "field."  # before the name of a kept column
 
-    ingest: IngestConfig
-    generate: GenerateConfig
-    score: ScoreConfig
+
+class CurateConfig(RunConfig):
+    """Prompts, or completions that exist already, in; published subsets out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+    ingest: IngestConfig | None = None
+    import_: ImportConfig | None = Field(None, alias="import")
+    generate: GenerateConfig | None = None
+    score: ScoreConfig | None = None
+    ensembles: list[EnsembleConfig] = Field([], description="Scorers made of others.")
     pair: list[PairingConfig] = Field([PairingConfig()], min_length=1)
     subset: list[SubsetConfig] = Field(min_length=1)
     publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")
+    def _one_beginning(self) -> CurateConfig:
+        if (self.ingest is None) == (self.import_ is None):
+            raise ValueError("give either `ingest`, for prompts, or `import`, for completions that exist already")
+        if self.ingest and not (self.generate and self.score):
+            raise ValueError(
+                "`ingest` needs `generate` and `score`: models that answer the prompts, and what rates them"
+            )
+        if self.import_ and self.generate:
+            raise ValueError("`import` brings its completions along; remove `generate`, or import prompts by `ingest`")
+        return self
+
+    @property
+    def scorers(self) -> list[str]:
+        """Names of all sources of rewards, ensembles last."""
+        imported = [rating.name for rating in self.import_.ratings] if self.import_ else []
+        scored = [scorer.name for scorer in self.score.scorers] if self.score else []
+        return [*imported, *scored, *(ensemble.name for ensemble in self.ensembles)]
+
+    @model_validator(mode="after")
     def _references(self) -> CurateConfig:
-        generators = [generator.name for generator in self.generate.generators]
-        scorers = [scorer.name for scorer in self.score.scorers]
-        pairings = [pairing.name for pairing in self.pair]
+        scorers, pairings = self.scorers, [pairing.name for pairing in self.pair]
+        _unique("scorers, ratings and ensembles", scorers)
         _unique("pair", pairings)
-        _unique("subset", [subset.name for subset in self.subset])
+        _unique("subset", [name for subset in self.subset for name in subset.names()])
+        for ensemble in self.ensembles:
+            for member in ensemble.members:
+                singles = scorers[: len(scorers) - len(self.ensembles)]
+                _known(f"ensemble {ensemble.name!r}: members", member.partition(":")[0], singles)
         for pairing in self.pair:
-            for name in pairing.generators:
-                _known(f"pair {pairing.name!r}: generators", name, generators)
-            if pairing.scorer:
-                _known(f"pair {pairing.name!r}: scorer", pairing.scorer, scorers)
-            taking_part = len(pairing.generators or generators)
-            if pairing.rule == "best_vs_worst" and taking_part * self.generate.samples < 2:
-                raise ValueError(f"pair {pairing.name!r}: best_vs_worst needs generate.samples >= 2")
+            self._check_pairing(pairing)
         for subset in self.subset:
             if subset.pairs:
                 _known(f"subset {subset.name!r}: pairs", subset.pairs, pairings)
+            for step in subset.steps:
+                self._check_step(subset.name, step)
         return self
+
+    def subset_of_each_name(self) -> list[SubsetConfig]:
+        """One per published name: each subset stands once for itself and once for each of its controls."""
+        return [subset for subset in self.subset for _ in subset.names()]
+
+    def _check_pairing(self, pairing: PairingConfig) -> None:
+        where = f"pair {pairing.name!r}"
+        # Scores of imported pairs are known by the name `score` once they are read.
+        scorers = self.scorers or (["score"] if self.import_ else [])
+        if pairing.scorer:
+            _known(f"{where}: scorer", pairing.scorer.partition(":")[0], scorers)
+        if not self.generate:
+            return
+        generators = [generator.name for generator in self.generate.generators]
+        for name in pairing.generators:
+            _known(f"{where}: generators", name, generators)
+        if pairing.rule == "labelled":
+            raise ValueError(f"{where}: rule labelled is for imported pairs; use best_vs_worst")
+        if pairing.rule != "generator_delta" and len(pairing.generators or generators) * self.generate.samples < 2:
+            raise ValueError(f"{where}: {pairing.rule} needs generate.samples >= 2")
+
+    def _check_step(self, subset: str, step: FilterStep | RankStep) -> None:
+        columns = (self.ingest or self.import_).columns  # type: ignore[union-attr]
+        fields = [f"{FIELD}{name}" for name in columns.keep]
+        metrics = [*METRICS, *(f"{metric}.{scorer}" for scorer in self.scorers for metric in PER_SCORER)]
+        texts = [*TEXT_COLUMNS, *fields]
+        if isinstance(step, FilterStep):
+            known = texts if step.values else [*metrics, *fields]
+            _known(f"subset {subset!r}: filter", step.filter.partition(":")[0], known)
+            return
+        _known(f"subset {subset!r}: rank", step.rank.partition(":")[0], [*metrics, "random", *fields])
+        if step.by:
+            _known(f"subset {subset!r}: by", step.by, texts)
 
 
 class TrainingConfig(Section):

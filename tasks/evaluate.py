@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from tasks import models
+from tasks.columns import Columns
 from tasks.config import CompareConfig
 from tasks.ingest import read_shard, shards_of
-from tasks.pair import Columns
 from tasks.progress import Meter, Report, silent
 from tasks.records import SCHEMA_VERSION, Rewards, digest
 from tasks.selection.winrate import win_rate
@@ -24,25 +24,25 @@ def evaluate(config: CompareConfig, rewards: Rewards, store: Store, report: Repo
     """Per scorer: mean reward of both, win rate with its standard error, per source; and lengths in tokens."""
     completions = rewards.completions
     shards = shards_of(store, completions.prompts)
-    meter = Meter(report, "evaluate", len(shards) * len(rewards.scorers), "shards")
-    scorers, lengths = {}, {}
-    for name, scorer in rewards.scorers.items():
-        columns = Columns([config.policy, config.reference], completions, scorer, store)
-        read = []
-        for shard in shards:
-            read.append(columns.read(shard))
-            meter.add(1)
-        both = np.concatenate([arrays.rewards for arrays in read])
+    meter = Meter(report, "evaluate", len(shards), "shards")
+    columns = Columns([config.policy, config.reference], rewards, [], store)
+    read = []
+    for shard in shards:
+        read.append(columns.read(shard, list(rewards.scorers)))
+        meter.add(1)
+    sources = np.concatenate([_sources(store, shard["digest"]) for shard in shards])
+    scorers = {}
+    for name in rewards.scorers:
+        both = np.concatenate([arrays.rewards[name] for arrays in read])
         scorers[name] = _compare(both[:, : completions.samples], both[:, completions.samples :])
-        sources = np.concatenate([_sources(store, shard["digest"]) for shard in shards])
         scorers[name]["by_source"] = {
             str(source): _compare(both[at, : completions.samples], both[at, completions.samples :])
             for source in np.unique(sources)
             for at in [sources == source]
         }
-        tokens = np.concatenate([arrays.tokens for arrays in read]).astype(float)
-        present = np.concatenate([arrays.present for arrays in read])
-        lengths = _lengths(np.where(present, tokens, np.nan), completions.samples)
+    tokens = np.concatenate([arrays.tokens for arrays in read]).astype(float)
+    present = np.concatenate([arrays.present for arrays in read])
+    lengths = _lengths(np.where(present, tokens, np.nan), completions.samples)
     result = {
         "policy": config.policy,
         "reference": config.reference,

@@ -7,7 +7,6 @@ shards before are cut alike in every later source, so that what was paid for the
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
 import tempfile
@@ -21,14 +20,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.config import ColumnsConfig, IngestConfig
+from tasks.config import IngestConfig, SourceConfig
 from tasks.errors import ConfigError, RunError
 from tasks.progress import Meter, Report, silent
+from tasks.prompts import to_prompt
 from tasks.records import PROMPTS, QUARANTINE, SCHEMA_VERSION, Counts, PromptSet, Work, digest
 from tasks.sources import BadRow, read_rows, source_digest
 from tasks.store import Store
 
-_ROLES = {"system", "user", "assistant", "tool"}
 _BLOCK = 1000  # rows between two progress reports
 
 
@@ -40,34 +39,35 @@ def ingest(config: IngestConfig, store: Store, report: Report = silent) -> Promp
         Meter(report, "ingest", known.counts.into, "rows", reused=known.counts.into)
         work = Work(shards_reused=len(shards_of(store, known)), seconds=time.monotonic() - started)
         return replace(known, work=work)
-    inputs = _inputs(config)
+    inputs = inputs_digest(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, quarantine = _read(config, store, Path(folder), Meter(report, "ingest", 0, "rows"))
-        if _inputs(config) != inputs:
+        if inputs_digest(config) != inputs:
             raise RunError(f"ingest.source {config.source!r} changed while it was read; run again")
         store.create_file(f"prompts/sources/{inputs}.quarantine.parquet", quarantine)
     counts = {"into": prompts.counts.into, "out": prompts.counts.out, "dropped": prompts.counts.dropped}
-    store.create_json(_pointer(inputs), {"set": prompts.digest, "counts": counts, "source": config.source})
+    store.create_json(pointer(inputs), {"set": prompts.digest, "counts": counts, "source": config.source})
     return replace(prompts, work=Work(prompts.work.shards_made, seconds=time.monotonic() - started))
 
 
 def known_prompts(config: IngestConfig, store: Store) -> PromptSet | None:
     """The prompt set of a source that was read before, with the same content and settings."""
-    inputs = _inputs(config)
-    if not store.exists(_pointer(inputs)):
+    inputs = inputs_digest(config)
+    if not store.exists(pointer(inputs)):
         return None
-    known = store.read_json(_pointer(inputs))
+    known = store.read_json(pointer(inputs))
     counts = Counts(**known["counts"])
-    _check_share(config, counts, lambda: _examples(store, inputs))
+    check_share(config, counts, lambda: examples_of(store, inputs))
     return PromptSet(known["set"], counts)
 
 
-def _inputs(config: IngestConfig) -> str:
+def inputs_digest(config: SourceConfig) -> str:
+    """Of a source's content and all settings that decide what is made of it."""
     settings = config.model_dump(exclude={"source", "max_quarantined"})
-    return digest({"schema": SCHEMA_VERSION, "content": source_digest(config), **settings})
+    return digest({"schema": SCHEMA_VERSION, "stage": config.stage, "content": source_digest(config), **settings})
 
 
-def _pointer(inputs: str) -> str:
+def pointer(inputs: str) -> str:
     return f"prompts/sources/{inputs}.json"
 
 
@@ -91,9 +91,9 @@ def shard_path(shard: str) -> str:
 
 def _read(config: IngestConfig, store: Store, folder: Path, meter: Meter) -> tuple[PromptSet, Path]:
     """Read everything; the prompt set, and a local file with the quarantined rows."""
-    writer = _ShardWriter(store, config.shard_size)
+    writer = ShardWriter(store, config.shard_size)
     seen = _Seen(folder / "seen.sqlite")
-    quarantine = _Quarantine(folder / "quarantine.parquet")
+    quarantine = Quarantine(folder / "quarantine.parquet")
     dropped: Counter[str] = Counter()
     examples: list[str] = []
     into = 0
@@ -104,7 +104,7 @@ def _read(config: IngestConfig, store: Store, folder: Path, meter: Meter) -> tup
             dropped[bad.reason] += 1
             quarantine.add(into, bad)
             if len(examples) < 3:
-                examples.append(_example(into, bad.reason, bad.excerpt))
+                examples.append(example(into, bad.reason, bad.excerpt))
         else:
             if seen.add(prompt["prompt_id"]):
                 writer.add(prompt)
@@ -113,111 +113,58 @@ def _read(config: IngestConfig, store: Store, folder: Path, meter: Meter) -> tup
         if into % _BLOCK == 0:
             meter.add(_BLOCK)
     meter.add(into % _BLOCK)
-    writer.close()
     counts = Counts(into, writer.rows, dict(dropped))
-    _check_share(config, counts, lambda: examples)
-    set_digest = digest(writer.shards)
-    store.create_json(f"prompts/{set_digest}/manifest.json", {"shards": writer.shards})
+    set_digest = writer.close()
+    check_share(config, counts, lambda: examples)
     return PromptSet(set_digest, counts, Work(shards_made=len(writer.shards))), quarantine.close()
 
 
-def to_prompt(row: Any, config: IngestConfig) -> dict[str, Any]:
-    """One row of the input as a row of PROMPTS; BadRow says what is wrong with it."""
-    if isinstance(row, BadRow):
-        raise row
-    columns = config.columns
-    if columns.prompt not in row:
-        raise BadRow("no prompt column", f"columns: {', '.join(map(str, row))}")
-    messages = _messages(row[columns.prompt])
-    size = sum(len(message["content"]) for message in messages)
-    if size > config.max_chars:
-        raise BadRow("prompt too long", f"{size} characters")
-    source = str(row.get(columns.source) or "unknown")
-    _check_unicode("".join([*(message["content"] for message in messages), source]))
-    return {
-        "prompt_id": digest(messages),
-        "messages": messages,
-        "source": source,
-        "fields": _fields(row, columns),
-    }
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise BadRow("no prompt" if value in (None, "", []) else "prompt is neither text nor messages", repr(value))
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise BadRow("malformed message", repr(message))
-        if not isinstance(message.get("role"), str) or message["role"] not in _ROLES:
-            raise BadRow("unknown role", repr(message.get("role")))
-        messages.append({"role": message["role"], "content": message["content"]})
-    if not messages[-1]["content"].strip():
-        raise BadRow("empty prompt", "")
-    if messages[-1]["role"] == "assistant":
-        raise BadRow("last message is the assistant's", messages[-1]["content"])
-    return messages
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow("not UTF-8", text.encode(errors="replace").decode()) from None
-    if "\x00" in text:
-        raise BadRow("NUL character", text.replace("\x00", "\\0"))
-
-
-def _fields(row: dict[str, Any], columns: ColumnsConfig) -> str:
-    missing = [name for name in columns.keep if name not in row]
-    if missing:
-        raise BadRow("missing column", ", ".join(missing))
-    try:
-        return json.dumps({name: row[name] for name in columns.keep}, allow_nan=False, default=str)
-    except (ValueError, RecursionError) as error:
-        raise BadRow("kept column is not JSON", str(error)) from None
-
-
-def _check_share(config: IngestConfig, counts: Counts, examples: Callable[[], list[str]]) -> None:
+def check_share(config: SourceConfig, counts: Counts, examples: Callable[[], list[str]]) -> None:
     """Duplicates are no fault; everything else dropped counts against max_quarantined."""
     if counts.out == 0:
         why = f"; dropped: {dict(counts.dropped)}. {' | '.join(examples())}" if counts.into else ""
-        raise ConfigError(f"ingest.source {config.source!r} holds no usable prompt ({counts.into} rows{why})")
+        raise ConfigError(f"{config.stage}.source {config.source!r} holds no usable prompt ({counts.into} rows{why})")
     bad = counts.into - counts.out - counts.dropped.get("duplicate", 0)
     if bad > math.floor(config.max_quarantined * counts.into):
         raise RunError(
-            f"ingest: {bad} of {counts.into} rows are bad, more than max_quarantined {config.max_quarantined:.0%}: "
-            f"{dict(counts.dropped)}. {' | '.join(examples())}"
+            f"{config.stage}: {bad} of {counts.into} rows are bad, more than max_quarantined "
+            f"{config.max_quarantined:.0%}: {dict(counts.dropped)}. {' | '.join(examples())}"
         )
 
 
-def _examples(store: Store, inputs: str) -> list[str]:
+def examples_of(store: Store, inputs: str) -> list[str]:
     """The first rows that were quarantined when a source was read."""
     rows = store.read_table(f"prompts/sources/{inputs}.quarantine.parquet").slice(0, 3).to_pylist()
-    return [_example(row["row"], row["reason"], row["excerpt"]) for row in rows]
+    return [example(row["row"], row["reason"], row["excerpt"]) for row in rows]
 
 
-def _example(row: int, reason: str, excerpt: str) -> str:
+def example(row: int, reason: str, excerpt: str) -> str:
     return f"row {row}: {reason}: {excerpt[:80]}"
 
 
-class _ShardWriter:
+class ShardWriter:
     """Cuts rows into shards: where they were cut before, as late as possible, and otherwise at shard_size.
 
-    Every shard leaves a mark, an empty file prompts/cuts/<first prompt>.<rows>.<prompts>.
+    Every shard leaves a mark, an empty file prompts/cuts/<first key>.<rows>.<name>, where the name is a digest of its
+    rows' keys: what generators and scorers depend on, so that another source label or a further kept column does not
+    pay for them again.
     """
 
     def __init__(self, store: Store, shard_size: int) -> None:
         self.store, self.shard_size = store, shard_size
-        self.cuts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # first prompt id -> rows, digest of all ids
+        self.cuts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # first key -> rows, digest of all keys
         for mark in store.list("prompts/cuts"):
-            first, rows, prompts = mark.removeprefix("prompts/cuts/").split(".")
-            self.cuts[first].append((int(rows), prompts))
+            first, rows, name = mark.removeprefix("prompts/cuts/").split(".")
+            self.cuts[first].append((int(rows), name))
         self.shards: list[dict[str, Any]] = []
         self.open: list[dict[str, Any]] = []
         self.rows = 0
+
+    def key(self, row: dict[str, Any]) -> str:
+        return row["prompt_id"]
+
+    def beside(self, shard: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Write what belongs to a shard beside its prompts; for those that import more than prompts."""
 
     def add(self, row: dict[str, Any]) -> None:
         self.open.append(row)
@@ -225,19 +172,25 @@ class _ShardWriter:
         if len(self.open) == self.shard_size:
             self._cut()
 
-    def close(self) -> None:
+    def close(self) -> str:
+        """Write what is left and the manifest; returns the prompt set's digest."""
         while self.open:
             self._cut()
+        set_digest = digest(self.shards)
+        self.store.create_json(f"prompts/{set_digest}/manifest.json", {"shards": self.shards})
+        return set_digest
 
     def _cut(self) -> None:
-        ids = [row["prompt_id"] for row in self.open]
-        known = [(n, name) for n, name in self.cuts.get(ids[0], []) if n <= len(ids) and digest(ids[:n]) == name]
-        rows, prompts = max(known, default=(len(ids), digest(ids)))
-        taken, self.open = self.open[:rows], self.open[rows:]
-        shard: dict[str, Any] = {"digest": digest(taken), "prompts": prompts, "rows": rows}
-        self.store.create_table(shard_path(shard["digest"]), pa.Table.from_pylist(taken, schema=PROMPTS))
+        keys = [self.key(row) for row in self.open]
+        known = [(n, name) for n, name in self.cuts.get(keys[0], []) if n <= len(keys) and digest(keys[:n]) == name]
+        number, name = max(known, default=(len(keys), digest(keys)))
+        rows, self.open = self.open[:number], self.open[number:]
+        prompts = [{column: row[column] for column in PROMPTS.names} for row in rows]
+        shard: dict[str, Any] = {"digest": digest(prompts), "prompts": name, "rows": number}
+        self.beside(shard, rows)
+        self.store.create_table(shard_path(shard["digest"]), pa.Table.from_pylist(prompts, schema=PROMPTS))
         if not known:
-            self.store.create(f"prompts/cuts/{ids[0]}.{rows}.{prompts}", b"")
+            self.store.create(f"prompts/cuts/{keys[0]}.{number}.{name}", b"")
         self.shards.append(shard)
 
 
@@ -255,7 +208,7 @@ class _Seen:
         return self.db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (bytes.fromhex(prompt_id),)).rowcount == 1
 
 
-class _Quarantine:
+class Quarantine:
     """Bad rows, written to a local file as they come."""
 
     def __init__(self, path: Path) -> None:

@@ -1,51 +1,70 @@
-"""pair: rewards to a table of pairs, one per prompt at most, and why the other prompts have none.
+"""pair: rewards to a table of pairs with every metric of theirs, and why the other prompts have none.
 
-Works shard by shard on arrays, without reading texts: completions carry digests of theirs. The table lies at
-pairs/<digest>/ (pairs.parquet, drops.parquet, manifest.json) under a digest of everything that decides it.
+Works shard by shard on arrays, without reading texts. The table lies at pairs/<digest>/ (pairs.parquet, drops.parquet,
+manifest.json) under a digest of everything that decides it. Metrics that need the whole data set (a scale, z-scores,
+the generators' deltas) take a first pass over the rewards.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tasks.config import PairingConfig
-from tasks.generate import completions_path, covering, existing_ranges
+from tasks.columns import Columns, ShardColumns
+from tasks.config import EnsembleConfig, PairingConfig
+from tasks.errors import ConfigError
 from tasks.ingest import read_shard, shards_of
 from tasks.progress import Meter, Report, silent
-from tasks.records import DROPS, FILE, PAIRS, SCHEMA_VERSION, Completions, Counts, Pairs, Rewards, Work, digest
-from tasks.score import rewards_path
-from tasks.selection.pairing import KEPT, Choice, best_vs_worst, generator_delta
-from tasks.selection.pvar import PooledScale, pvar
+from tasks.records import DROPS, PAIRS, SCHEMA_VERSION, Counts, Pairs, Rewards, Work, digest, with_scorers
+from tasks.selection import pairing
+from tasks.selection.agreement import agreement
+from tasks.selection.delta import GeneratorDelta, Moments
+from tasks.selection.pairing import KEPT, REASONS, Choice
+from tasks.selection.pvar import PooledScale, pvar_with_error
+from tasks.selection.ranking import uniform
 from tasks.store import Store
 
+_THREADS = 2  # one reads and decodes while another computes; NumPy and Arrow let go of the interpreter
 
-def pair(config: PairingConfig, rewards: Rewards, store: Store, report: Report = silent) -> Pairs:
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def pair(
+    config: PairingConfig,
+    rewards: Rewards,
+    store: Store,
+    report: Report = silent,
+    ensembles: list[EnsembleConfig] | None = None,
+) -> Pairs:
     """The table of pairs by one rule."""
     started = time.monotonic()
     completions = rewards.completions
-    generators = list(config.generators or completions.generators)
-    scorer = config.scorer or next(iter(rewards.scorers))
+    columns = Columns(list(config.generators), rewards, ensembles or [], store)
+    scorer = _deciding(config, columns)
     table_digest = digest(
         {
             "schema": SCHEMA_VERSION,
             "stage": "pair",
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
-            "generators": [[name, completions.generators[name]] for name in generators],
-            "scorer": [scorer, rewards.scorers[scorer]],
-            "rule": config.rule,
-            "reward_scale": config.reward_scale,
+            "generators": [[name, completions.generators.get(name)] for name in columns.authors],
+            "scorer": scorer,
+            "scorers": [[name, fingerprint] for name, fingerprint in rewards.scorers.items()],
+            "ensembles": [ensemble.model_dump() for ensemble in columns.ensembles],
+            **config.model_dump(include={"rule", "reward_scale", "seed"}),
         }
     )
     manifest_path = f"pairs/{table_digest}/manifest.json"
@@ -55,185 +74,277 @@ def pair(config: PairingConfig, rewards: Rewards, store: Store, report: Report =
         Meter(report, "pair", counts.into, "prompts", reused=counts.into)
         return Pairs(config.name, table_digest, rewards, counts, Work(shards_reused=len(shards)))
     meter = Meter(report, "pair", completions.prompts.counts.out, "prompts")
-    columns = Columns(generators, completions, rewards.scorers[scorer], store)
-    scale = config.reward_scale or _pooled_scale(columns, shards)
+    survey = _survey(config, columns, scorer, shards)
     with tempfile.TemporaryDirectory() as folder:
-        manifest = _write(config, columns, scale, shards, Path(folder), meter)
+        manifest = _write(config, columns, survey, shards, Path(folder), meter)
         store.create_file(f"pairs/{table_digest}/pairs.parquet", Path(folder) / "pairs.parquet")
         store.create_file(f"pairs/{table_digest}/drops.parquet", Path(folder) / "drops.parquet")
-    manifest |= {"rule": config.rule, "generators": generators, "scorer": scorer, "reward_scale": scale}
     store.create_json(manifest_path, manifest)
     work = Work(shards_made=len(shards), seconds=time.monotonic() - started)
     return Pairs(config.name, table_digest, rewards, Counts(**manifest["counts"]), work)
 
 
+def _deciding(config: PairingConfig, columns: Columns) -> str:
+    """The scorer whose rewards decide, or are recorded; empty for labelled pairs without any."""
+    if config.scorer and config.scorer not in columns.scorers:
+        known = ", ".join(columns.scorers) or "none"
+        raise ConfigError(f"pair {config.name!r}: scorer: {config.scorer!r} is not one of {known}")
+    if not columns.scorers and config.rule not in ("labelled", "generator_delta"):
+        raise ConfigError(
+            f"pair {config.name!r}: rule {config.rule} goes by rewards, and there are none; use rule: labelled for "
+            "pairs that were imported, or add a scorer under `score`"
+        )
+    return config.scorer or next(iter(columns.scorers), "")
+
+
 @dataclass(frozen=True)
-class ShardColumns:
-    """One prompt shard as arrays; a column is one sample of one generator.
+class Survey:
+    """What is known of the whole data set before the pairs are made. delta: [generators, generators], by authors."""
 
-    rewards: [prompts, columns], NaN where there is none; texts: digests, tokens: lengths, present: whether there is a
-    sample, all of the same shape; files: of completions, per column.
-    """
-
-    rewards: NDArray[np.float64]
-    texts: NDArray[np.int64]
-    tokens: NDArray[np.int32]
-    present: NDArray[np.bool_]
-    files: list[str]
+    scorer: str
+    scale: float
+    generators: GeneratorDelta
+    delta: NDArray[np.float64]
 
 
-class Columns:
-    """Reads completions and rewards of some generators side by side. Column g * samples + i is sample i of the g-th."""
-
-    def __init__(self, generators: list[str], completions: Completions, scorer: str, store: Store) -> None:
-        self.store, self.scorer = store, scorer
-        self.generators, self.samples = generators, completions.samples
-        self.fingerprints = [completions.generators[name] for name in generators]
-        self.ranges = [existing_ranges(store, f"rewards/{scorer}/{fingerprint}") for fingerprint in self.fingerprints]
-
-    def name(self, column: int) -> str:
-        return self.generators[column // self.samples]
-
-    def read(self, shard: dict[str, Any]) -> ShardColumns:
-        rewards, texts, tokens, present = [], [], [], []
-        files: list[str] = []
-        for fingerprint, ranges in zip(self.fingerprints, self.ranges, strict=True):
-            # A scorer names all its files by one of the two; see tasks/score.py.
-            rated = shard["prompts"] if shard["prompts"] in ranges else shard["digest"]
-            for (first, last), part in covering(ranges[rated], self.samples):
-                source = completions_path(fingerprint, shard["prompts"], (first, last))
-                made = self.store.read_table(source, ["text_digests", "tokens"])
-                scored = self.store.read_table(
-                    rewards_path(self.scorer, fingerprint, rated, (first, last)), ["rewards"]
-                )
-                width = last - first
-                files += [source] * (part.stop - part.start)
-                here, digests = dense(made["text_digests"], width, 0)
-                present.append(here[:, part])
-                texts.append(digests[:, part])
-                tokens.append(dense(made["tokens"], width, 0)[1][:, part])
-                rewards.append(dense(scored["rewards"], width, np.nan)[1][:, part])
-        return ShardColumns(np.hstack(rewards), np.hstack(texts), np.hstack(tokens), np.hstack(present), files)
+def _survey(config: PairingConfig, columns: Columns, scorer: str, shards: list[dict[str, Any]]) -> Survey:
+    """A pass over the rewards for what the pairs need of the data set; none where they need nothing."""
+    pooled, generators = PooledScale(), GeneratorDelta(len(columns.authors))
+    members = sorted({member for ensemble in columns.ensembles for member in ensemble.members})
+    unknown = [member for member in members if member not in columns.singles]
+    if unknown:
+        raise ConfigError(f"ensembles: member {unknown[0]!r} is not one of {', '.join(columns.singles)}")
+    if members:
+        moments: dict[str, Moments] = defaultdict(Moments)
+        for arrays in _in_order(lambda shard: columns.read(shard, members, texts=False), shards):
+            for member in members:
+                moments[member].add(arrays.rewards[member])
+        columns.moments = moments
+    if scorer and (config.reward_scale == "auto" or len(columns.authors) > 1):
+        for arrays in _in_order(lambda shard: columns.read(shard, [scorer], texts=False), shards):
+            pooled.add(arrays.rewards[scorer])
+            generators.add(arrays.rewards[scorer], arrays.authors)
+    scale = pooled.value if config.reward_scale == "auto" else float(config.reward_scale)
+    delta = generators.delta()
+    np.fill_diagonal(delta, 0.0)
+    return Survey(scorer, scale, generators, delta)
 
 
-def dense(lists: pa.ChunkedArray, width: int, fill: Any) -> tuple[NDArray[np.bool_], NDArray[Any]]:
-    """A column of lists, each full or empty, as an array [rows, width], and where there was an entry."""
-    array = lists.combine_chunks()
-    lengths = np.diff(array.offsets.to_numpy())
-    assert set(np.unique(lengths)) <= {0, width}, "a list of samples is neither full nor empty"
-    flat = array.flatten()
-    values = flat.fill_null(fill).to_numpy(zero_copy_only=False)
-    result = np.full((len(array), width), fill, dtype=values.dtype)
-    full = lengths == width
-    result[full] = values.reshape(-1, width)
-    return np.repeat(full[:, None], width, axis=1), result
-
-
-def _pooled_scale(columns: Columns, shards: list[dict[str, Any]]) -> float:
-    pooled = PooledScale()
-    for shard in shards:
-        pooled.add(columns.read(shard).rewards)
-    return pooled.value
+def _in_order(work: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+    """The items' results, in their order, a few at a time on threads."""
+    rest = iter(items)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        ahead = [threads.submit(work, item) for item in islice(rest, _THREADS + 1)]
+        while ahead:
+            done = ahead.pop(0).result()
+            ahead += [threads.submit(work, item) for item in islice(rest, 1)]
+            yield done
 
 
 def _write(
-    config: PairingConfig, columns: Columns, scale: float, shards: list[dict[str, Any]], folder: Path, meter: Meter
+    config: PairingConfig, columns: Columns, survey: Survey, shards: list[dict[str, Any]], folder: Path, meter: Meter
 ) -> dict[str, Any]:
-    """Both tables into a local folder; the counts and the generators' mean rewards."""
-    into, out, dropped = 0, 0, Counter[str]()
-    answered = samples = rated = 0
-    sums, numbers = np.zeros(len(columns.generators)), np.zeros(len(columns.generators))
+    """Both tables into a local folder; the manifest."""
+    others = [scorer for scorer in columns.scorers if scorer != survey.scorer]
+    schema = with_scorers(PAIRS, others)
+    totals: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
     with (
-        pq.ParquetWriter(folder / "pairs.parquet", PAIRS, compression="zstd") as pairs,
+        pq.ParquetWriter(folder / "pairs.parquet", schema, compression="zstd") as pairs,
         pq.ParquetWriter(folder / "drops.parquet", DROPS, compression="zstd") as drops,
     ):
-        for index, shard in enumerate(shards):
-            arrays = columns.read(shard)
-            choice = _choose(config, columns, arrays)
-            variance = pvar(arrays.rewards, scale)
-            prompts = read_shard(columns.store, shard["digest"], ["prompt_id", "source"])
-            kept = np.flatnonzero(choice.reason == KEPT)
-            lost = np.flatnonzero(choice.reason != KEPT)
-            pairs.write_table(_pairs_table(columns, arrays, choice, variance, prompts, index, kept))
-            drops.write_table(
-                pa.table(
-                    [
-                        prompts["prompt_id"].take(lost),
-                        pa.array(choice.reason[lost].tolist(), pa.string()),
-                        pa.array(variance[lost], from_pandas=True),
-                    ],
-                    schema=DROPS,
-                )
-            )
-            into, out = into + shard["rows"], out + len(kept)
-            dropped.update(choice.reason[lost].tolist())
-            answered += int(arrays.present[:, :: columns.samples].sum())
-            samples += int(arrays.present.sum())
-            rated += int(np.isfinite(arrays.rewards).sum())
-            by_generator = arrays.rewards.reshape(len(arrays.rewards), len(columns.generators), -1)
-            sums += np.nansum(by_generator, axis=(0, 2))
-            numbers += np.isfinite(by_generator).sum(axis=(0, 2))
+
+        def make(item: tuple[int, dict[str, Any]]) -> tuple[pa.Table, pa.Table, dict[str, Counter[str]]]:
+            return _shard_tables(config, columns, survey, others, schema, *item)
+
+        for (kept, lost, counts), shard in zip(_in_order(make, enumerate(shards)), shards, strict=True):
+            pairs.write_table(kept)
+            drops.write_table(lost)
+            totals.update(counts["totals"])
+            dropped.update(counts["dropped"])
+            sums.update(counts["sums"])
             meter.add(shard["rows"])
-    means = {
-        name: round(float(total / n), 6) if n else None
-        for name, total, n in zip(columns.generators, sums, numbers, strict=True)
-    }
-    asked = into * len(columns.generators)
+    asked = len(columns.authors) if not columns.imported else 1
+    prompts = sum(shard["rows"] for shard in shards)
+    took_part = [_step("score", totals["samples"], totals["rated"], "no reward")] if survey.scorer else []
+    if not columns.imported:
+        took_part = [_step("generate", prompts * asked, totals["answered"], "refused"), *took_part]
     return {
-        "counts": {"into": into, "out": out, "dropped": dict(sorted(dropped.items()))},
-        # Of the generators and the scorer that took part, unlike the run's own counts.
-        "took_part": [
-            _step("generate", asked, answered, "refused"),
-            _step("score", samples, rated, "no reward"),
+        "counts": {"into": totals["into"], "out": totals["out"], "dropped": dict(sorted(dropped.items()))},
+        # Of the generators and the scorers that took part, unlike the run's own counts.
+        "took_part": took_part,
+        "rule": config.rule,
+        "generators": columns.authors,
+        "scorer": survey.scorer or None,
+        "reward_scale": survey.scale if survey.scorer else None,
+        "mean_reward": _mean_rewards(columns, survey, sums),
+        "ensembles": [ensemble.model_dump() for ensemble in columns.ensembles],
+        "generator_delta": _generator_delta(config, columns, survey),
+        "agreement": [
+            {
+                "scorers": [survey.scorer, other],
+                "kendall_tau": _ratio(sums[f"tau.{other}"], sums[f"tau.{other} n"]),
+                "flipped": _ratio(sums[f"flipped.{other}"], sums[f"flipped.{other} n"]),
+                "prompts": int(sums[f"tau.{other} n"]),
+            }
+            for other in others
         ],
-        "mean_reward": means,
     }
+
+
+def _mean_rewards(columns: Columns, survey: Survey, sums: Counter[str]) -> dict[str, float | None]:
+    if len(columns.authors) == 1:
+        return {columns.authors[0]: _ratio(sums["reward"], sums["reward n"])}
+    means = survey.generators.mean()
+    return {name: _rounded(means[i]) for i, name in enumerate(columns.authors)}
+
+
+def _generator_delta(config: PairingConfig, columns: Columns, survey: Survey) -> dict[str, Any] | None:
+    if config.rule != "generator_delta":
+        return None
+    return {
+        "stronger": columns.authors[0],
+        "weaker": columns.authors[1],
+        "delta": _rounded(survey.delta[0, 1]),
+        "standard_error": _rounded(survey.generators.error(0, 1)),
+        "prompts": int(survey.generators.prompts[0, 1]),
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None
+
+
+def _ratio(total: float, n: float) -> float | None:
+    return round(float(total / n), 6) if n else None
 
 
 def _step(stage: str, into: int, out: int, why: str) -> dict[str, Any]:
     return {"stage": stage, "into": into, "out": out, "dropped": {why: into - out} if into > out else {}}
 
 
-def _choose(config: PairingConfig, columns: Columns, arrays: ShardColumns) -> Choice:
+def _choose(
+    config: PairingConfig, rewards: NDArray[np.float64], arrays: ShardColumns, ids: NDArray[np.uint64]
+) -> Choice:
+    texts = arrays.texts
     if config.rule == "generator_delta":
-        return generator_delta(arrays.rewards, arrays.texts, arrays.present, 0, columns.samples)
-    return best_vs_worst(arrays.rewards, arrays.texts)
+        return pairing.generator_delta(rewards, texts, arrays.authors)
+    if config.rule == "labelled":
+        return pairing.labelled(rewards, texts, arrays.authors)
+    if config.rule == "best_vs_worst":
+        return pairing.best_vs_worst(rewards, texts)
+    draws = uniform(ids, rewards.shape[1], config.seed)
+    rule = pairing.best_vs_random if config.rule == "best_vs_random" else pairing.random_pair
+    return rule(rewards, texts, draws)
 
 
-def _pairs_table(
+def _shard_tables(
+    config: PairingConfig,
     columns: Columns,
-    arrays: ShardColumns,
-    choice: Choice,
-    variance: NDArray[np.float64],
-    prompts: pa.Table,
-    shard: int,
-    kept: NDArray[np.int64],
-) -> pa.Table:
-    chosen, rejected = choice.chosen[kept], choice.rejected[kept]
-    best, worst = arrays.rewards[kept, chosen], arrays.rewards[kept, rejected]
-    values: list[Any] = [
-        prompts["prompt_id"].take(kept).combine_chunks(),
-        pa.array(np.full(len(kept), shard), pa.int32()),
-        pa.array(kept, pa.int32()),
-        prompts["source"].take(kept).combine_chunks(),
-        pa.array([columns.name(c) for c in chosen], pa.string()),
-        pa.array([arrays.files[c] for c in chosen], FILE),
-        pa.array(chosen % columns.samples, pa.int32()),
-        pa.array([columns.name(c) for c in rejected], pa.string()),
-        pa.array([arrays.files[c] for c in rejected], FILE),
-        pa.array(rejected % columns.samples, pa.int32()),
-        pa.array(best, from_pandas=True),
-        pa.array(worst, from_pandas=True),
-        pa.array(best - worst, from_pandas=True),
-        pa.array(variance[kept], from_pandas=True),
-        pa.array(np.isfinite(arrays.rewards[kept]).sum(axis=1), pa.int32()),
-        pa.array(arrays.tokens[kept, chosen], pa.int32()),
-        pa.array(arrays.tokens[kept, rejected], pa.int32()),
-    ]
-    return pa.table(values, schema=PAIRS)
+    survey: Survey,
+    others: list[str],
+    schema: pa.Schema,
+    index: int,
+    shard: dict[str, Any],
+) -> tuple[pa.Table, pa.Table, dict[str, Counter[str]]]:
+    """The pairs and drops of one shard, and what is to be counted and summed over all."""
+    arrays = columns.read(shard)
+    prompts = read_shard(columns.store, shard["digest"], ["prompt_id", "source"])
+    rewards = arrays.rewards.get(survey.scorer, np.full(arrays.texts.shape, np.nan))
+    finite = np.isfinite(rewards).sum(axis=1)
+    choice = _choose(config, rewards, arrays, id_bits(prompts["prompt_id"]))
+    variance, error = pvar_with_error(rewards, survey.scale)
+    lost = np.flatnonzero(choice.reason != KEPT)
+    keep = np.flatnonzero(choice.reason == KEPT)
+    row, chosen, rejected = choice.row[keep], choice.chosen[keep], choice.rejected[keep]
+
+    def sides(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        return values[row, chosen], values[row, rejected]
+
+    (best, worst), (longer, shorter), (ours, theirs) = sides(rewards), sides(arrays.tokens), sides(arrays.authors)
+    values: dict[str, Any] = {
+        "prompt_id": prompts["prompt_id"].take(row).combine_chunks(),
+        "shard": np.full(len(row), index),
+        "row": row,
+        "source": prompts["source"].take(row).combine_chunks(),
+        "chosen_generator": _named(ours, columns.authors),
+        "rejected_generator": _named(theirs, columns.authors),
+        "chosen_file": _named(arrays.files[row, chosen], arrays.names),
+        "rejected_file": _named(arrays.files[row, rejected], arrays.names),
+        "chosen_sample": arrays.samples[chosen],
+        "rejected_sample": arrays.samples[rejected],
+        "score_chosen": best,
+        "score_rejected": worst,
+        "margin": best - worst,
+        "pvar": variance[row],
+        "pvar_error": error[row],
+        "rewards_finite": finite[row],
+        "generator_delta": survey.delta[ours, theirs],
+        "disagreement": _mean_by_row(arrays.disagreement.get(survey.scorer), len(rewards))[row],
+        "chosen_tokens": longer,
+        "rejected_tokens": shorter,
+        "length_difference": longer.astype(np.int64) - shorter,
+    }
+    sums: Counter[str] = Counter({"reward": np.nansum(rewards), "reward n": finite.sum()})
+    for other in others:
+        a, b = sides(arrays.rewards[other])
+        tau, flipped = agreement(rewards, arrays.rewards[other])
+        values |= {f"margin.{other}": a - b, f"tau.{other}": tau[row], f"flipped.{other}": flipped[row]}
+        for name, of_prompts in ((f"tau.{other}", tau), (f"flipped.{other}", flipped)):
+            sums.update({name: float(np.nansum(of_prompts)), f"{name} n": int(np.isfinite(of_prompts).sum())})
+    drops = {
+        "prompt_id": prompts["prompt_id"].take(choice.row[lost]).combine_chunks(),
+        "reason": _named(choice.reason[lost], list(REASONS)),
+        "pvar": variance[choice.row[lost]],
+    }
+    reasons = np.bincount(choice.reason[lost], minlength=len(REASONS))
+    totals = {
+        "into": len(choice.row),
+        "out": len(row),
+        "answered": sum((arrays.authors == author).any(axis=1).sum() for author in range(len(columns.authors))),
+        "samples": arrays.present.sum(),
+        "rated": finite.sum(),
+    }
+    counts = {
+        "totals": Counter({name: int(n) for name, n in totals.items()}),
+        "dropped": Counter({REASONS[i]: int(n) for i, n in enumerate(reasons) if n}),
+        "sums": sums,
+    }
+    return _table(values, schema), _table(drops, DROPS), counts
 
 
-def iter_pairs(store: Store, pairs: Pairs, folder: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The table of pairs in pieces; `folder` is local room for a copy of the file."""
-    local = store.fetch(f"pairs/{pairs.digest}/pairs.parquet", folder / f"{pairs.digest}.parquet")
-    yield from pq.ParquetFile(local).iter_batches(batch_size=16_384, columns=columns)
+def _table(values: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """NaN becomes null: no value."""
+    return pa.table([_array(values[field.name], field.type) for field in schema], schema=schema)
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    if not isinstance(values, np.ndarray):
+        return values if values.type == kind else values.cast(kind)
+    return pa.array(values, from_pandas=True).cast(kind)
+
+
+def _named(numbers: NDArray[Any], names: list[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(numbers.astype(np.int32)), pa.array(names, pa.string()))
+
+
+def _mean_by_row(values: NDArray[np.float64] | None, rows: int) -> NDArray[np.float64]:
+    """Mean over the known values of each row; NaN where there is none."""
+    if values is None:
+        return np.full(rows, np.nan)
+    known = np.isfinite(values)
+    n = known.sum(axis=1)
+    return np.divide(np.where(known, values, 0.0).sum(axis=1), n, out=np.full(rows, np.nan), where=n > 0)
+
+
+def id_bits(ids: pa.ChunkedArray | pa.Array) -> NDArray[np.uint64]:
+    """The first 64 bits of prompt ids, which are digests in hex."""
+    array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    if not len(array):
+        return np.empty(0, np.uint64)
+    start, end = array.offset, array.offset + len(array)
+    offsets = np.frombuffer(array.buffers()[1], np.int32)[start : end + 1]
+    letters = np.frombuffer(array.buffers()[2], np.uint8)[offsets[:-1, None] + np.arange(16)]
+    nibbles = (letters & 15) + 9 * (letters >> 6)  # "0".."9" are 0x30.., "a".."f" 0x61..
+    return (nibbles[:, 0::2] << 4 | nibbles[:, 1::2]).view(">u8").ravel().astype(np.uint64)

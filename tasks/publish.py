@@ -1,7 +1,8 @@
 """publish: a selection becomes an immutable version that people and trainers read as it is.
 
 subsets/<name>/<version>/ holds data/*.parquet (conversational prompt, chosen and rejected, and the numbers that explain
-each row), a data set card and the manifest. Texts are read shard by shard, so memory does not grow with the subset.
+each row), a report, a data set card and the manifest. Texts are read shard by shard, so memory does not grow with the
+subset.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ import pyarrow.parquet as pq
 from tasks import models
 from tasks.card import dataset_card
 from tasks.config import PublishConfig, SubsetConfig
+from tasks.explain import explain
 from tasks.generate import samples_in
 from tasks.ingest import read_shard, shards_of
-from tasks.pair import iter_pairs
+from tasks.pairtable import PairTable
 from tasks.progress import Meter, Report, silent
-from tasks.records import PREFERENCES, SCHEMA_VERSION, Counts, Selection, Version, Work, digest
+from tasks.records import MESSAGES, PREFERENCES, SCHEMA_VERSION, Counts, Selection, Version, Work, digest, with_scorers
+from tasks.report import report_html
 from tasks.store import Store
 from tasks.subset import selection_path
 from tasks.versions import find_build, publish_folder, remember_build
 
-_COPIED = [name for name in PREFERENCES.names if name not in ("prompt", "chosen", "rejected", "rank")]
+_TEXTS = ("prompt", "chosen", "rejected")
+_SHOWN = 20  # rows at either end of the ranking, in the report
+_ROWS = 4096  # joined at once: as much text as is held in memory
 
 
 def publish(
@@ -45,10 +50,13 @@ def publish(
     meter = Meter(report, "publish", selection.counts.out, "rows")
     with tempfile.TemporaryDirectory() as folder:
         room, target = Path(folder) / "room", Path(folder) / "version"
-        summary = _write_rows(config, selection, store, room, target / "data", meter)
+        ends = _Ends(selection.counts.out)
+        summary = _write_rows(config, selection, store, room, target / "data", meter, ends)
         counts = {"into": selection.counts.out, "out": summary["rows"], "dropped": {}}
-        content = {"name": selection.name, "counts": counts, "summary": summary, **lineage}
+        explanation = explain(subset, selection, store)
+        content = {"name": selection.name, "counts": counts, "summary": summary, **lineage, "explanation": explanation}
         (target / "README.md").write_text(dataset_card(config, content), encoding="utf-8")
+        (target / "report.html").write_text(report_html(content, ends.highest, ends.lowest), encoding="utf-8")
         version = publish_folder(store, "subsets", selection.name, target, content)
     remember_build(store, version, inputs)
     return Version(version.name, version.version, version.counts, Work(seconds=time.monotonic() - started))
@@ -59,33 +67,33 @@ def _lineage(subset: SubsetConfig, selection: Selection, store: Store) -> dict[s
     rewards = selection.pairs.rewards
     completions = rewards.completions
     pairs = store.read_json(f"pairs/{selection.pairs.digest}/manifest.json")
+    first = _step("import", completions.counts) if completions.authors else _step("ingest", completions.prompts.counts)
+    used = [name for name in completions.generators if completions.authors or name in pairs["generators"]]
+    generators = {name: completions.generators[name] for name in used}
+    facts = ("rule", "generators", "scorer", "reward_scale", "mean_reward", "agreement", "generator_delta", "ensembles")
     return {
         "kind": "preference pairs",
-        "subset": subset.model_dump(exclude={"name", "pairs"}),
-        "pairing": {
-            "name": selection.pairs.name,
-            **{key: pairs[key] for key in ("rule", "generators", "scorer", "reward_scale", "mean_reward")},
-        },
+        "subset": subset.model_dump(exclude={"name", "pairs", "controls"}),
+        "control": selection.control,
+        "pairing": {"name": selection.pairs.name, **{key: pairs[key] for key in facts}},
         "funnel": [
-            _step("ingest", completions.prompts.counts),
+            first,
             *pairs["took_part"],
             _step("pair", selection.pairs.counts),
             _step("subset", selection.counts),
         ],
+        "length_unit": completions.length_unit,
         "parents": {
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
-            "generators": {name: completions.generators[name] for name in pairs["generators"]},
-            "scorers": {pairs["scorer"]: rewards.scorers[pairs["scorer"]]},
+            "generators": generators,
+            "scorers": dict(rewards.scorers),
             "pairs": selection.pairs.digest,
             "selection": selection.digest,
         },
         "made_with": {
             fingerprint: models.facts_of(fingerprint, store)
-            for fingerprint in [
-                *(completions.generators[name] for name in pairs["generators"]),
-                rewards.scorers[pairs["scorer"]],
-            ]
+            for fingerprint in [*generators.values(), *rewards.scorers.values()]
         },
     }
 
@@ -94,8 +102,26 @@ def _step(stage: str, counts: Counts) -> dict[str, Any]:
     return {"stage": stage, "into": counts.into, "out": counts.out, "dropped": dict(sorted(counts.dropped.items()))}
 
 
+class _Ends:
+    """The first and the last rows of a ranking, as they come by in any order."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.highest: list[dict[str, Any]] = []
+        self.lowest: list[dict[str, Any]] = []
+
+    def look(self, table: pa.Table) -> None:
+        rank = table["rank"].to_numpy()
+        for row in table.filter(pa.array(rank < _SHOWN)).to_pylist():
+            self.highest.append(row)
+        for row in table.filter(pa.array((rank >= self.rows - _SHOWN) & (rank >= _SHOWN))).to_pylist():
+            self.lowest.append(row)
+        self.highest.sort(key=lambda row: row["rank"])
+        self.lowest.sort(key=lambda row: -row["rank"])
+
+
 def _write_rows(
-    config: PublishConfig, selection: Selection, store: Store, room: Path, target: Path, meter: Meter
+    config: PublishConfig, selection: Selection, store: Store, room: Path, target: Path, meter: Meter, ends: _Ends
 ) -> dict[str, Any]:
     """Write all rows into numbered Parquet files; their number and the means of their metrics."""
     target.mkdir(parents=True)
@@ -103,12 +129,13 @@ def _write_rows(
     sums: dict[str, list[float]] = {name: [0.0, 0] for name in metrics}
     writer, written = None, 0
     for table in _tables(selection, store, room):
+        ends.look(table)
         while table.num_rows:
             file, used = divmod(written, config.rows_per_file)
             if used == 0:
                 if writer:
                     writer.close()
-                writer = pq.ParquetWriter(target / f"train-{file:05d}.parquet", PREFERENCES, compression="zstd")
+                writer = pq.ParquetWriter(target / f"train-{file:05d}.parquet", table.schema, compression="zstd")
             piece, table = table.slice(0, config.rows_per_file - used), table.slice(config.rows_per_file - used)
             assert writer
             writer.write_table(piece)
@@ -124,47 +151,68 @@ def _write_rows(
 
 
 def _tables(selection: Selection, store: Store, room: Path) -> Iterator[pa.Table]:
-    """The subset's rows, with texts, a prompt shard at a time."""
-    texts = _Texts(selection, store)
+    """The subset's rows, with texts, at most a prompt shard at a time."""
+    shards = shards_of(store, selection.pairs.rewards.completions.prompts)
     chosen = store.read_table(selection_path(selection.pairs, selection.digest))
     rows, ranks = chosen["pair"].to_numpy(), chosen["rank"].to_numpy()
+    pairs = PairTable(store, selection.pairs, room)
+    further = [name.removeprefix("margin.") for name in pairs.schema.names if name.startswith("margin.")]
+    schema = with_scorers(PREFERENCES, further)
+    texts = _Texts(store, shards)
     start = 0
-    for batch in iter_pairs(store, selection.pairs, room):
+    for batch in pairs.batches():
         low, high = np.searchsorted(rows, [start, start + batch.num_rows])
         taken = pa.Table.from_batches([batch]).take(rows[low:high] - start)
         taken = taken.append_column("rank", pa.array(ranks[low:high]))
         start += batch.num_rows
-        shards = taken["shard"].to_numpy()
-        for shard in np.unique(shards):
-            yield texts.join(int(shard), taken.filter(pa.array(shards == shard)))
+        shard = taken["shard"].to_numpy()
+        cuts = np.flatnonzero(np.diff(shard)) + 1  # the pairs of a shard stand together
+        for first, last in zip([0, *cuts], [*cuts, len(shard)], strict=True):
+            for at in range(first, last, _ROWS):
+                yield texts.join(int(shard[at]), taken.slice(at, min(_ROWS, last - at)), schema)
 
 
 class _Texts:
     """Looks up prompts and completions of one shard at a time."""
 
-    def __init__(self, selection: Selection, store: Store) -> None:
-        self.store = store
-        self.shards = shards_of(store, selection.pairs.rewards.completions.prompts)
+    def __init__(self, store: Store, shards: list[dict[str, Any]]) -> None:
+        self.store, self.shards = store, shards
+        self.held: tuple[int, dict[str, pa.ListArray]] = (-1, {})  # a shard, and columns of its files
 
-    def join(self, shard: int, pairs: pa.Table) -> pa.Table:
-        name = self.shards[shard]["digest"]
-        prompts = read_shard(self.store, name, ["messages"])["messages"].take(pairs["row"])
-        files = {*pairs["chosen_file"].to_pylist(), *pairs["rejected_file"].to_pylist()}
-        texts = {file: self.store.read_table(file, ["texts"])["texts"].to_pylist() for file in files}
-
-        def side(which: str) -> list[list[dict[str, str]]]:
-            columns = [pairs[f"{which}_file"], pairs["row"], pairs[f"{which}_sample"]]
-            places = zip(*(column.to_pylist() for column in columns), strict=True)
-            return [
-                [{"role": "assistant", "content": texts[file][row][sample - samples_in(file)[0]]}]
-                for file, row, sample in places
-            ]
-
+    def join(self, shard: int, pairs: pa.Table, schema: pa.Schema) -> pa.Table:
+        if shard != self.held[0]:
+            self.held = (shard, {})
         columns = {
-            "prompt": prompts,
-            "chosen": side("chosen"),
-            "rejected": side("rejected"),
-            "rank": pairs["rank"],
-            **{column: pairs[column] for column in _COPIED},
+            "prompt": self._prompts(self.shards[shard]["digest"]).take(pairs["row"].combine_chunks()),
+            "chosen": self._side(pairs, "chosen"),
+            "rejected": self._side(pairs, "rejected"),
         }
-        return pa.table({column: columns[column] for column in PREFERENCES.names}, schema=PREFERENCES)
+        copied = {f.name: pairs[f.name].cast(f.type) for f in schema if f.name not in _TEXTS}
+        return pa.table({name: {**columns, **copied}[name] for name in schema.names}, schema=schema)
+
+    def _side(self, pairs: pa.Table, which: str) -> pa.ListArray:
+        """The texts of one side as conversations of one message."""
+        files = pairs[f"{which}_file"].combine_chunks().dictionary_encode()
+        rows, samples = pairs["row"].to_numpy(), pairs[f"{which}_sample"].to_numpy()
+        numbers = files.indices.to_numpy()
+        parts, order = [], []
+        for number, file in enumerate(files.dictionary.to_pylist()):
+            mine = np.flatnonzero(numbers == number)
+            lists = self._texts(file)
+            places = lists.offsets.to_numpy()[rows[mine]] + samples[mine] - samples_in(file)[0]
+            parts.append(lists.values.take(pa.array(places)))
+            order.append(mine)
+        texts = pa.concat_arrays(parts).take(pa.array(np.argsort(np.concatenate(order))))
+        roles = pa.repeat(pa.scalar("assistant"), len(texts))
+        messages = pa.StructArray.from_arrays([roles, texts], fields=list(MESSAGES.value_type))
+        return pa.ListArray.from_arrays(pa.array(np.arange(len(texts) + 1, dtype=np.int32)), messages)
+
+    def _texts(self, file: str) -> pa.ListArray:
+        if file not in self.held[1]:
+            self.held[1][file] = self.store.read_table(file, ["texts"])["texts"].combine_chunks()
+        return self.held[1][file]
+
+    def _prompts(self, shard: str) -> pa.ListArray:
+        if shard not in self.held[1]:
+            self.held[1][shard] = read_shard(self.store, shard, ["messages"])["messages"].combine_chunks()
+        return self.held[1][shard]

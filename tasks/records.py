@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tasks.errors import RunError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -47,6 +47,9 @@ COMPLETIONS = pa.schema(
     ]
 )
 
+# Completions that were imported stand together, whoever wrote them.
+IMPORTED = COMPLETIONS.append(pa.field("generators", pa.list_(pa.string())))
+
 REWARDS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -55,31 +58,49 @@ REWARDS = pa.schema(
     ]
 )
 
+NAME = pa.dictionary(pa.int32(), pa.string())  # one of few
+
 PAIRS = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("shard", pa.int32()),  # index of the prompt shard, then the row in it
         ("row", pa.int32()),
-        ("source", pa.string()),
-        ("chosen_generator", pa.string()),
+        ("source", NAME),
+        ("chosen_generator", NAME),
         ("chosen_file", FILE),  # of completions; the sample is the chosen_sample-th of the generator's
         ("chosen_sample", pa.int32()),
-        ("rejected_generator", pa.string()),
+        ("rejected_generator", NAME),
         ("rejected_file", FILE),
         ("rejected_sample", pa.int32()),
         ("score_chosen", pa.float64()),
         ("score_rejected", pa.float64()),
-        ("margin", pa.float64()),
+        ("margin", pa.float64()),  # score_chosen - score_rejected: below 0 where a label says otherwise
         ("pvar", pa.float64()),
+        ("pvar_error", pa.float64()),  # jackknife standard error over the prompt's samples
         ("rewards_finite", pa.int32()),  # how many rewards PVar was computed from
+        ("generator_delta", pa.float64()),  # of the two generators, over all prompts that both answered
+        ("disagreement", pa.float64()),  # of an ensemble's members, mean over the prompt's samples
         ("chosen_tokens", pa.int32()),
         ("rejected_tokens", pa.int32()),
+        ("length_difference", pa.int32()),  # chosen - rejected
     ]
 )
 
-DROPS = pa.schema([("prompt_id", pa.string()), ("reason", pa.string()), ("pvar", pa.float64())])
+
+def with_scorers(schema: pa.Schema, scorers: Sequence[str]) -> pa.Schema:
+    """PAIRS or PREFERENCES with what every further scorer says of a pair and its prompt.
+
+    margin.S: chosen minus rejected by S; tau.S, flipped.S: its agreement with the scorer that decides.
+    """
+    metrics = [f"{metric}.{scorer}" for scorer in scorers for metric in ("margin", "tau", "flipped")]
+    return pa.schema([*schema, *(pa.field(name, pa.float64()) for name in metrics)])
+
+
+DROPS = pa.schema([("prompt_id", pa.string()), ("reason", NAME), ("pvar", pa.float64())])
 
 SELECTION = pa.schema([("pair", pa.int64()), ("rank", pa.int64())])  # pair: row number in the pairs table
+
+LEFT_OUT = pa.schema([("pair", pa.int64()), ("reason", NAME)])  # the pairs that a selection does not take
 
 PREFERENCES = pa.schema(
     [
@@ -92,11 +113,16 @@ PREFERENCES = pa.schema(
         ("score_rejected", pa.float64()),
         ("margin", pa.float64()),
         ("pvar", pa.float64()),
+        ("pvar_error", pa.float64()),
+        ("rewards_finite", pa.int32()),
+        ("generator_delta", pa.float64()),
+        ("disagreement", pa.float64()),
         ("rank", pa.int64()),  # 0 is the first that the subset's ranking would take
         ("chosen_generator", pa.string()),
         ("rejected_generator", pa.string()),
         ("chosen_tokens", pa.int32()),
         ("rejected_tokens", pa.int32()),
+        ("length_difference", pa.int32()),
     ]
 )
 
@@ -165,13 +191,15 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Completions:
-    """samples 0..samples-1 of each generator for each prompt of a set."""
+    """samples 0..samples-1 of each generator for each prompt of a set; or what was imported, as it came."""
 
     prompts: PromptSet
-    samples: int
+    samples: int  # of imported ones: of the prompt that has most
     generators: Mapping[str, str]  # name -> fingerprint
     counts: Counts
     work: Work = Work()
+    authors: tuple[str, ...] = ()  # of imported ones: who wrote them, in order of appearance
+    length_unit: str = "tokens"
 
 
 @dataclass(frozen=True)
@@ -179,9 +207,15 @@ class Rewards:
     """One reward per completion and scorer."""
 
     completions: Completions
-    scorers: Mapping[str, str]  # name -> fingerprint
+    scorers: Mapping[str, str]  # name -> fingerprint; none for pairs that came without scores
     counts: Counts
     work: Work = Work()
+
+    def joined(self, other: Rewards) -> Rewards:
+        """These and those of further scorers for the same completions."""
+        dropped = {**self.counts.dropped, **other.counts.dropped}
+        counts = Counts(self.counts.into + other.counts.into, self.counts.out + other.counts.out, dropped)
+        return replace(other, scorers={**self.scorers, **other.scorers}, counts=counts)
 
 
 @dataclass(frozen=True)
@@ -204,6 +238,7 @@ class Selection:
     pairs: Pairs
     counts: Counts
     work: Work = Work()
+    control: str = ""  # which control of the subset it is
 
 
 @dataclass(frozen=True)

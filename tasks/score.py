@@ -147,7 +147,7 @@ def files_to_rate(completions: Completions, store: Store) -> Iterator[dict[str, 
     for generator in completions.generators.values():
         there = existing_ranges(store, f"completions/{generator}")
         for shard in shards:
-            for (first, last), part in covering(there[shard["prompts"]], completions.samples):
+            for (first, last), part in covering(there[shard["prompts"]], shard.get("samples", completions.samples)):
                 yield {
                     "generator": generator,
                     "shard": shard["digest"],

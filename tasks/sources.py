@@ -25,7 +25,7 @@ import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.config import IngestConfig
+from tasks.config import SourceConfig
 from tasks.errors import ConfigError, RunError
 
 _FORMATS = {
@@ -51,7 +51,7 @@ class BadRow(ValueError):
         self.excerpt = excerpt[:500].encode(errors="backslashreplace").decode()
 
 
-def read_rows(config: IngestConfig) -> Iterator[tuple[dict[str, Any] | BadRow, int]]:
+def read_rows(config: SourceConfig) -> Iterator[tuple[dict[str, Any] | BadRow, int]]:
     """(row, its number from 1) of everything the source holds, up to the limit."""
     for number, row in enumerate(_all_rows(config), start=1):
         yield row, number
@@ -59,21 +59,21 @@ def read_rows(config: IngestConfig) -> Iterator[tuple[dict[str, Any] | BadRow, i
             return
 
 
-def find_source(config: IngestConfig) -> str:
+def find_source(config: SourceConfig) -> str:
     """What the source is, in words, from its first row; raises when it cannot be read or holds nothing."""
     kind = format_of(config)
     if kind == "hub":
-        return _hub_commit(config.source)
+        return _hub_commit(config)
     if kind != "disk" and next(iter(read_rows(config)), None) is None:
-        raise ConfigError(f"ingest.source {config.source!r} holds no rows")
+        raise ConfigError(f"{config.stage}.source {config.source!r} holds no rows")
     return f"format {kind}"
 
 
-def source_digest(config: IngestConfig) -> str:
+def source_digest(config: SourceConfig) -> str:
     """Digest of the source's content: of local bytes, of a remote file's checksum, of a hub data set's commit."""
     kind = format_of(config)
     if kind == "hub":
-        return _hub_commit(config.source)
+        return _hub_commit(config)
     hasher = hashlib.sha256(kind.encode())
     for fs, path in _files(config) if kind == "disk" else _data_files(config):
         if fs.protocol in ("file", ("file", "local")):
@@ -94,7 +94,7 @@ def _remote_digest(fs: Any, path: str) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def format_of(config: IngestConfig) -> str:
+def format_of(config: SourceConfig) -> str:
     """The format asked for, or the one that the source's name tells."""
     if config.format != "auto":
         return config.format
@@ -105,15 +105,16 @@ def format_of(config: IngestConfig) -> str:
     if not files:
         if config.source.count("/") <= 1 and "." not in config.source.rsplit("/", 1)[-1] and "*" not in config.source:
             return "hub"
-        raise ConfigError(f"ingest.source: {config.source!r} does not exist; check the path")
+        raise ConfigError(f"{config.stage}.source: {config.source!r} does not exist; check the path")
     kinds = {_named_format(file): file for file in files}
     if None in kinds:
         name = kinds[None].name
-        raise ConfigError(f"ingest.format: cannot tell the format of {name!r}; set it to jsonl, json, csv ...")
+        raise ConfigError(f"{config.stage}.format: cannot tell the format of {name!r}; set it to jsonl, json, csv ...")
     if len(kinds) > 1:
         raise ConfigError(
-            f"ingest.source: {config.source!r} holds files of several formats ({', '.join(sorted(map(str, kinds)))}); "
-            f"name those of one format, such as {config.source.rstrip('/*')}/*{files[0].suffix}"
+            f"{config.stage}.source: {config.source!r} holds files of several formats "
+            f"({', '.join(sorted(map(str, kinds)))}); name "
+            f"those of one format, such as {config.source.rstrip('/*')}/*{files[0].suffix}"
         )
     return str(next(iter(kinds)))
 
@@ -124,7 +125,7 @@ def _named_format(file: Path) -> str | None:
     return _FORMATS.get(suffixes[-1].lower()) if suffixes else None
 
 
-def _all_rows(config: IngestConfig) -> Iterator[dict[str, Any] | BadRow]:
+def _all_rows(config: SourceConfig) -> Iterator[dict[str, Any] | BadRow]:
     kind = format_of(config)
     if kind in ("disk", "hub"):
         yield from _datasets_rows(config, kind)
@@ -136,9 +137,11 @@ def _all_rows(config: IngestConfig) -> Iterator[dict[str, Any] | BadRow]:
             with fsspec.core.OpenFile(fs, path, "rb", compression=_infer(path, compression)) as file:
                 yield from read(file)
         except _BROKEN as error:
-            raise RunError(f"ingest.source {path!r} is damaged or no {kind} file: {_first_line(error)}") from error
+            raise RunError(
+                f"{config.stage}.source {path!r} is damaged or no {kind} file: {_first_line(error)}"
+            ) from error
         except PermissionError as error:
-            raise RunError(f"ingest.source {path!r} cannot be read: permission denied") from error
+            raise RunError(f"{config.stage}.source {path!r} cannot be read: permission denied") from error
 
 
 def _jsonl_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
@@ -220,33 +223,35 @@ def _parquet_row(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
         return BadRow("not UTF-8", repr(error.object))
 
 
-def _datasets_rows(config: IngestConfig, kind: str) -> Iterator[dict[str, Any] | BadRow]:
+def _datasets_rows(config: SourceConfig, kind: str) -> Iterator[dict[str, Any] | BadRow]:
     import datasets
 
     if kind == "disk":
         loaded = datasets.load_from_disk(str(Path(config.source).expanduser()))
         if isinstance(loaded, datasets.DatasetDict):
             if config.split not in loaded:
-                raise ConfigError(f"ingest.split: {config.source} has no split {config.split!r}: {', '.join(loaded)}")
+                raise ConfigError(
+                    f"{config.stage}.split: {config.source} has no split {config.split!r}: {', '.join(loaded)}"
+                )
             loaded = loaded[config.split]
         yield from loaded
         return
-    revision = _hub_commit(config.source).rpartition("@")[2]  # the one that went into the digest
+    revision = _hub_commit(config).rpartition("@")[2]  # the one that went into the digest
     try:
         loaded = datasets.load_dataset(config.source, split=config.split, revision=revision, streaming=True)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"ingest.source {config.source!r}, split {config.split!r}: {error}") from error
+        raise ConfigError(f"{config.stage}.source {config.source!r}, split {config.split!r}: {error}") from error
     yield from loaded
 
 
-def _data_files(config: IngestConfig, missing_ok: bool = False) -> list[tuple[Any, str]]:
+def _data_files(config: SourceConfig, missing_ok: bool = False) -> list[tuple[Any, str]]:
     """Without those that lie beside data, such as a README, unless a format is given or nothing else is there."""
     files = _files(config, missing_ok)
     known = [(fs, path) for fs, path in files if _named_format(Path(path))]
     return known if known and config.format == "auto" else files
 
 
-def _files(config: IngestConfig, missing_ok: bool = False) -> list[tuple[Any, str]]:
+def _files(config: SourceConfig, missing_ok: bool = False) -> list[tuple[Any, str]]:
     """(filesystem, path) of every file that the source names, sorted."""
     try:
         source = config.source if "://" in config.source else str(Path(config.source).expanduser())
@@ -259,12 +264,12 @@ def _files(config: IngestConfig, missing_ok: bool = False) -> list[tuple[Any, st
         else:
             found = fs.find(path) if fs.isdir(path) else []
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"ingest.source: {config.source!r} cannot be opened: {error}") from error
+        raise ConfigError(f"{config.stage}.source: {config.source!r} cannot be opened: {error}") from error
     except Exception as error:  # s3fs, aiohttp and botocore have no common base
-        raise RunError(f"ingest.source {config.source!r} cannot be reached: {_first_line(error)}") from error
+        raise RunError(f"{config.stage}.source {config.source!r} cannot be reached: {_first_line(error)}") from error
     found = sorted(file for file in found if not Path(file).name.startswith((".", "_")))
     if not found and not missing_ok:
-        raise ConfigError(f"ingest.source: {config.source!r} does not exist or holds no files; check the path")
+        raise ConfigError(f"{config.stage}.source: {config.source!r} does not exist or holds no files; check the path")
     return [(fs, file) for file in found]
 
 
@@ -278,14 +283,15 @@ def _infer(path: str, compression: str | None) -> str | None:
     return fsspec.utils.infer_compression(path) if compression == "infer" else None
 
 
-def _hub_commit(name: str) -> str:
+def _hub_commit(config: SourceConfig) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
+    name = config.source
     try:
         return f"{name}@{HfApi().dataset_info(name, timeout=20).sha}"
     except (HFValidationError, HTTPError, OSError) as error:
         raise ConfigError(
-            f"ingest.source: {name!r} is no file here, and the hub cannot be reached or has no such data set; "
+            f"{config.stage}.source: {name!r} is no file here, and the hub cannot be reached or has no such data set; "
             "check the path, or the network and HF_TOKEN"
         ) from error

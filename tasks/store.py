@@ -3,8 +3,8 @@
 Any fsspec URL: a local folder or `s3://bucket/prefix` (credentials and endpoint from the usual AWS_* variables).
 A file appears whole or not at all, and what exists is never changed: `create` is a link of a finished local file, or
 one S3 put with If-None-Match. The first writer wins; the others see that it is there. Only `replace`, for the few
-pointers such as `latest.json`, overwrites, and only `remove`, for old checkpoints and for rewards of functions that failed,
-takes away.
+pointers such as `latest.json`, overwrites, and only `remove`, for old checkpoints and for rewards of functions that
+failed, takes away.
 
     prompts/<set>/manifest.json                               shards of a prompt set
     prompts/shards/<shard>.parquet                            rows of one shard
@@ -140,6 +140,10 @@ class Store:
     def read_table(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         source = self.full(path) if self.local else pa.BufferReader(self.read(path))
         return pq.read_table(source, columns=columns, partitioning=None)
+
+    def columns(self, path: str) -> Sequence[str]:
+        """Names of a table's columns."""
+        return pq.read_schema(self.full(path) if self.local else pa.BufferReader(self.read(path))).names
 
     def create_table(self, path: str, table: pa.Table) -> bool:
         sink = io.BytesIO()

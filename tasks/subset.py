@@ -1,66 +1,221 @@
-"""subset: the pairs that a subset takes, in its ranking's order, and why the others are left out."""
+"""subset: the pairs that a subset takes, step by step, and why each of the others is left out.
+
+A filter keeps the pairs whose metric lies in a range, a ranking keeps one end of an order; each works on what the one
+before left. The store keeps the pairs that are taken with their rank, those that are not with the reason, and the
+counts of each step. Controls are subsets of equal size to compare with, see tasks/selection/controls.py.
+"""
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.config import SubsetConfig
+from tasks.config import FilterStep, RankStep, SubsetConfig, control_name
+from tasks.describe import bounds, describe_step
 from tasks.errors import RunError
-from tasks.pair import iter_pairs
+from tasks.pairtable import PairTable
 from tasks.progress import Meter, Report, silent
-from tasks.records import SCHEMA_VERSION, SELECTION, Counts, Pairs, Selection, Work, digest
-from tasks.selection.ranking import hashes, order, size
+from tasks.records import LEFT_OUT, SCHEMA_VERSION, SELECTION, Counts, Pairs, Selection, Work, digest
+from tasks.selection import controls, ranking
 from tasks.store import Store
 
-
-def subset(config: SubsetConfig, pairs: Pairs, store: Store, report: Report = silent) -> Selection:
-    """Rank the pairs and take one end of the order."""
-    started = time.monotonic()
-    selection_digest = digest(
-        {"schema": SCHEMA_VERSION, "stage": "subset", **config.model_dump(exclude={"name", "pairs"})}
-    )
-    meter = Meter(report, "subset", pairs.counts.out, "pairs")
-    values, ties = _values(config, pairs, store)
-    ranked = order(values, ties, config.keep)
-    taken = ranked[: size(len(ranked), config.fraction, config.count)]
-    if not len(taken):
-        raise RunError(
-            f"subset {config.name!r} would be empty: {pairs.counts.out} pairs, dropped before: "
-            f"{dict(pairs.counts.dropped)}. Use more samples or another rule."
-        )
-    positions = np.argsort(taken)  # in the order of the pairs table, with the rank beside
-    store.create_table(
-        selection_path(pairs, selection_digest),
-        pa.table([pa.array(taken[positions]), pa.array(positions)], schema=SELECTION),
-    )
-    dropped = {f"no {config.rank}": len(values) - len(ranked), _outside(config): len(ranked) - len(taken)}
-    counts = Counts(len(values), len(taken), {reason: n for reason, n in dropped.items() if n})
-    meter.add(len(values))
-    return Selection(config.name, selection_digest, pairs, counts, Work(seconds=time.monotonic() - started))
+Ints = NDArray[np.int64]
+_MATCHED_ON = {"margin_matched": "margin", "length_matched": "length_difference"}
 
 
-def _values(config: SubsetConfig, pairs: Pairs, store: Store) -> tuple[NDArray[np.float64], NDArray[np.uint64]]:
-    """What pairs are ranked by, and the hashes that break ties: all that is held of a pair, 16 bytes."""
-    values: list[NDArray[np.float64]] = [np.empty(0)]
-    ties: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+def subset(config: SubsetConfig, pairs: Pairs, store: Store, report: Report = silent) -> list[Selection]:
+    """The subset's selection, then those of its controls."""
+    meter = Meter(report, "subset", pairs.counts.out * (1 + len(config.controls)), "pairs")
+    selections = []
     with tempfile.TemporaryDirectory() as room:
-        for batch in iter_pairs(store, pairs, Path(room), ["prompt_id", "pvar", "margin"]):
-            ties.append(hashes(batch["prompt_id"].to_pylist(), config.seed))
-            ranked_by = ties[-1] if config.rank == "random" else batch[config.rank].to_numpy(zero_copy_only=False)
-            values.append(ranked_by.astype(np.float64))
-    return np.concatenate(values), np.concatenate(ties)
+        table = PairTable(store, pairs, Path(room))
+        ids = table.ids()
+        started = time.monotonic()
+        chosen = _steps(config, table, ids)
+        if not len(chosen.rows):
+            steps = "; ".join(f"{step['step']}: {step['into']} in, {step['out']} out" for step in chosen.trail)
+            raise RunError(
+                f"subset {config.name!r} would be empty: {table.rows} pairs ({steps}); dropped before: "
+                f"{dict(pairs.counts.dropped)}. Loosen the steps, or use more samples or another rule."
+            )
+        for control in ("", *config.controls):
+            taken = _control(control, config, table, chosen, ids) if control else chosen
+            selections.append(_keep(config, control, taken, pairs, store, started))
+            meter.add(pairs.counts.out)
+            started = time.monotonic()
+    return selections
 
 
-def selection_path(pairs: Pairs, selection_digest: str) -> str:
-    return f"pairs/{pairs.digest}/selections/{selection_digest}.parquet"
+def selection_path(pairs: Pairs, selection_digest: str, what: str = "parquet") -> str:
+    return f"pairs/{pairs.digest}/selections/{selection_digest}.{what}"
 
 
-def _outside(config: SubsetConfig) -> str:
-    amount = f"{config.fraction:.4g}" if config.fraction is not None else f"{config.count}"
-    return "outside random sample" if config.rank == "random" else f"outside {config.keep} {amount} by {config.rank}"
+@dataclass
+class _Taken:
+    """rows: of the pairs that are taken, in the order of taking; pool: those that the first ranking got; why: number of
+    each pair's reason to be left out, -1 where it is taken; trail: what each step did."""
+
+    rows: Ints
+    pool: Ints
+    why: NDArray[np.int16]
+    reasons: list[str] = field(default_factory=list)
+    trail: list[dict[str, Any]] = field(default_factory=list)
+    match: dict[str, Any] | None = None
+
+    def drop(self, step: str, left: dict[str, Ints], rows: Ints) -> None:
+        """Go on with `rows`; `left`: those that are left out now, by reason."""
+        dropped = {reason: len(lost) for reason, lost in left.items() if len(lost)}
+        Counts(len(self.rows), len(rows), dropped)
+        self.trail.append({"step": step, "into": len(self.rows), "out": len(rows), "dropped": dropped})
+        for reason in dropped:
+            if reason not in self.reasons:
+                self.reasons.append(reason)
+            self.why[left[reason]] = self.reasons.index(reason)
+        self.rows = rows
+
+
+def _steps(config: SubsetConfig, table: PairTable, ids: NDArray[np.uint64]) -> _Taken:
+    taken = _Taken(np.arange(table.rows), np.arange(table.rows), np.full(table.rows, -1, np.int16))
+    ranked = False
+    for step in config.steps:
+        if isinstance(step, FilterStep):
+            _filter(step, table, taken)
+            taken.pool = taken.pool if ranked else taken.rows
+        else:
+            ranked = True
+            _rank(step, table, taken, ranking.hashes(ids, config.seed))
+    return taken
+
+
+def _filter(step: FilterStep, table: PairTable, taken: _Taken) -> None:
+    words, rows = step.model_dump(), taken.rows
+    if step.values is not None:
+        numbers, names = table.texts(step.filter)
+        inside = np.isin(numbers[rows], [i for i, name in enumerate(names) if name in step.values])
+        left = {f"{step.filter} not {bounds(words)}": rows[~inside]}
+        taken.drop(describe_step(words), left, rows[inside])
+        return
+    side = ranking.in_range(table.numbers(step.filter)[rows], step.min, step.max, step.within, step.quantiles)
+    left = {
+        f"no {step.filter}": rows[side == 2],
+        f"{step.filter} too low ({bounds(words)})": rows[side == -1],
+        f"{step.filter} too high ({bounds(words)})": rows[side == 1],
+    }
+    taken.drop(describe_step(words), left, rows[side == 0])
+
+
+def _rank(step: RankStep, table: PairTable, taken: _Taken, ties: NDArray[np.uint64]) -> None:
+    rows = taken.rows
+    values = ties[rows].astype(np.float64) if step.rank == "random" else table.numbers(step.rank)[rows]
+    ordered = rows[ranking.order(values, ties[rows], step.keep)]
+    none = rows[np.isnan(values)]
+    if step.by:
+        numbers, names = table.texts(step.by)
+        strata = {name: ordered[numbers[ordered] == i] for i, name in enumerate(names)}
+    else:
+        strata = {"": ordered}
+    sizes = _sizes(step, {name: stratum for name, stratum in strata.items() if len(stratum)}, table)
+    inside = np.zeros(table.rows, np.bool_)
+    for name, number in sizes.items():
+        inside[strata[name][:number]] = True
+    inside = inside[ordered]
+    words = describe_step(step.model_dump())
+    taken.drop(words, {f"no {step.rank}": none, f"outside {words}": ordered[~inside]}, ordered[inside])
+
+
+def _sizes(step: RankStep, strata: dict[str, Ints], table: PairTable) -> dict[str, int]:
+    """How many of each stratum to take."""
+    sizes = {name: len(rows) for name, rows in strata.items()}
+    if step.fraction is not None:
+        return {name: ranking.size(n, step.fraction, None) for name, n in sizes.items()}
+    if step.count is not None:
+        return ranking.shares(sizes, min(step.count, sum(sizes.values())), step.quotas)
+    assert step.tokens is not None
+    tokens = (table.numbers("chosen_tokens") + table.numbers("rejected_tokens")).astype(np.int64)
+    whole = sum(sizes.values())
+    budget = {n: step.tokens * (step.quotas.get(n, 0.0) if step.quotas else sizes[n] / whole) for n in sizes}
+    return {name: ranking.within_budget(tokens[rows], budget[name]) for name, rows in strata.items()}
+
+
+def _control(control: str, config: SubsetConfig, table: PairTable, chosen: _Taken, ids: NDArray[np.uint64]) -> _Taken:
+    """As many pairs of the subset's pool, taken in another way."""
+    pool, number = chosen.pool, len(chosen.rows)
+    draws = ranking.hashes(ranking.hashes(ids, config.seed), 1)  # not those that break the subset's own ties
+    match = None
+    if control == "random":
+        rows = pool[np.argsort(draws[pool])][:number]
+    elif control == "bottom":
+        step = [s for s in config.steps if isinstance(s, RankStep) and s.rank != "random"][-1]
+        other = "bottom" if step.keep == "top" else "top"
+        rows = pool[ranking.order(table.numbers(step.rank)[pool], draws[pool], other)][:number]
+    else:
+        rows, match = _matched(_MATCHED_ON[control], table, chosen, draws)
+    before = len(list(itertools.takewhile(lambda step: isinstance(step, FilterStep), config.steps)))
+    taken = _Taken(pool, pool, chosen.why.copy(), list(chosen.reasons), chosen.trail[:before], match)
+    in_pool, inside = np.zeros(table.rows, np.bool_), np.zeros(table.rows, np.bool_)
+    in_pool[pool], inside[rows] = True, True
+    taken.why[in_pool] = -1
+    words = f"{number:,} of the same pool: {control.replace('_', ' ')}"
+    taken.drop(words, {f"outside the {control.replace('_', ' ')} control": pool[~inside[pool]]}, rows)
+    return taken
+
+
+def _matched(metric: str, table: PairTable, chosen: _Taken, draws: NDArray[np.uint64]) -> tuple[Ints, dict[str, Any]]:
+    """Pairs that the subset does not take, as near as possible to its own in a metric; and how near they came."""
+    values = table.numbers(metric)
+    outside = np.setdiff1d(chosen.pool, chosen.rows)
+    outside = outside[~np.isnan(values[outside])]
+    targets = chosen.rows[~np.isnan(values[chosen.rows])]
+    targets = targets[np.argsort(draws[targets])]
+    rows = outside[controls.matched(values[targets], values[outside])]
+    pool = values[chosen.pool]
+    near = controls.close(values[targets], values[rows], pool[~np.isnan(pool)])
+    match = {
+        "matched_on": metric,
+        "target_mean": _mean(values[targets]),
+        "mean": _mean(values[rows]),
+        "close": None if np.isnan(near) else round(near, 6),
+    }
+    return rows, match
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    return round(float(values.mean()), 6) if len(values) else None
+
+
+def _keep(config: SubsetConfig, control: str, taken: _Taken, pairs: Pairs, store: Store, started: float) -> Selection:
+    """Write a selection, what it leaves out, and what its steps did."""
+    about = {
+        "schema": SCHEMA_VERSION,
+        "stage": "subset",
+        **config.model_dump(include={"steps", "seed"}),
+        "control": control,
+    }
+    name = digest(about)
+    if not len(taken.rows):
+        raise RunError(
+            f"subset {config.name!r}: no pair is left for the control {control!r}, since the subset takes its whole "
+            "pool; take less, or remove the control"
+        )
+    positions = np.argsort(taken.rows)  # in the order of the pairs table, with the rank beside
+    outside = np.flatnonzero(taken.why >= 0)
+    reasons = pa.DictionaryArray.from_arrays(
+        pa.array(taken.why[outside].astype(np.int32)), pa.array(taken.reasons, pa.string())
+    )
+    selected = pa.table([pa.array(taken.rows[positions]), pa.array(positions)], schema=SELECTION)
+    store.create_table(selection_path(pairs, name, "left-out.parquet"), pa.table([outside, reasons], schema=LEFT_OUT))
+    store.create_json(selection_path(pairs, name, "json"), {"steps": taken.trail, "match": taken.match})
+    store.create_table(selection_path(pairs, name), selected)
+    number = np.bincount(taken.why[outside], minlength=len(taken.reasons))
+    dropped = {reason: int(n) for reason, n in zip(taken.reasons, number, strict=True) if n}
+    counts = Counts(len(taken.why), len(taken.rows), dropped)
+    label = control_name(config.name, control) if control else config.name
+    return Selection(label, name, pairs, counts, Work(seconds=time.monotonic() - started), control)

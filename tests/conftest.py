@@ -79,7 +79,7 @@ def curate_values(source: Path | str, **changes: Any) -> dict[str, Any]:
         "ingest": {"source": str(source), "shard_size": 16},
         "generate": {"samples": 4, "generators": [generator()]},
         "score": {"scorers": [scorer()]},
-        "subset": [{"name": "top", "rank": "pvar", "fraction": 0.25}],
+        "subset": [{"name": "top", "steps": [{"rank": "pvar", "fraction": 0.25}]}],
         **changes,
     }
 
@@ -117,14 +117,18 @@ def curate_stages(config: CurateConfig, store: Store) -> Curated:
     from tasks.score import score
     from tasks.subset import subset
 
+    assert config.ingest and config.generate and config.score
     prompt_set = ingest(config.ingest, store)
     completions = generate(config.generate, prompt_set, store)
     rewards = score(config.score, completions, store)
-    pairs = [pair(rule, rewards, store) for rule in config.pair]
+    pairs = [pair(rule, rewards, store, ensembles=config.ensembles) for rule in config.pair]
     tables = {table.name: table for table in pairs}
-    selections = [subset(wanted, tables[wanted.pairs or pairs[0].name], store) for wanted in config.subset]
+    selections = [
+        taken for wanted in config.subset for taken in subset(wanted, tables[wanted.pairs or pairs[0].name], store)
+    ]
     versions = [
-        publish(config.publish, wanted, taken, store) for wanted, taken in zip(config.subset, selections, strict=True)
+        publish(config.publish, wanted, taken, store)
+        for wanted, taken in zip(config.subset_of_each_name(), selections, strict=True)
     ]
     return Curated(config, store, prompt_set, completions, rewards, pairs, selections, versions)
 
@@ -192,10 +196,10 @@ def fake_run(local_ray: Any, session_folder: Path) -> Curated:
             {"name": "delta", "rule": "generator_delta", "generators": ["strong", "weak"]},
         ],
         subset=[
-            {"name": "top", "pairs": "on-policy", "rank": "pvar", "fraction": 0.25},
-            {"name": "random", "pairs": "on-policy", "rank": "random", "fraction": 0.25},
-            {"name": "bottom", "pairs": "on-policy", "rank": "pvar", "keep": "bottom", "fraction": 0.25},
-            {"name": "delta", "pairs": "delta", "rank": "margin", "count": 12},
+            {"name": "top", "pairs": "on-policy", "steps": [{"rank": "pvar", "fraction": 0.25}]},
+            {"name": "random", "pairs": "on-policy", "steps": [{"rank": "random", "fraction": 0.25}]},
+            {"name": "bottom", "pairs": "on-policy", "steps": [{"rank": "pvar", "keep": "bottom", "fraction": 0.25}]},
+            {"name": "delta", "pairs": "delta", "steps": [{"rank": "margin", "count": 12}]},
         ],
     )
     return curate_stages(config, Store(folder / "store"))

@@ -18,6 +18,13 @@ from tests.services import ROOT
 PATH = Path("run.yaml")
 
 
+RANKED = {"rank": "pvar", "count": 1}
+
+
+def subset(*steps: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"name": "s", "steps": list(steps), **changes}
+
+
 def refusal(values: dict[str, Any], flow: str = "curate") -> str:
     """What the user reads when these values are refused."""
     with pytest.raises(ConfigError) as caught:
@@ -88,10 +95,21 @@ def test_the_store_is_the_field_then_the_environment_then_the_default(monkeypatc
         ({"generate": {"generators": [generator("a/b")]}}, ["generate.generators.0.name", "got 'a/b'"]),
         ({"generate": {"generators": [generator(seed=2**31)]}}, ["generate.generators.0.seed", "less than"]),
         ({"subset": []}, ["subset", "at least 1 item"]),
-        ({"subset": [{"name": "s", "fraction": 1.5}]}, ["subset.0.fraction", "got 1.5"]),
-        ({"subset": [{"name": "s", "count": 0}]}, ["subset.0.count", "got 0"]),
-        ({"subset": [{"name": "s", "count": 1, "rank": "delta"}]}, ["subset.0.rank", "pvar", "got 'delta'"]),
-        ({"subset": [{"name": "s", "count": 1, "seed": 2**64}]}, ["subset.0.seed", "less than"]),
+        ({"subset": [subset({"rank": "pvar", "fraction": 1.5})]}, ["subset.0.steps.0.rank.fraction", "got 1.5"]),
+        ({"subset": [subset({"rank": "pvar", "count": 0})]}, ["subset.0.steps.0.rank.count", "got 0"]),
+        ({"subset": [subset({"rank": "delta", "count": 1})]}, ["subset 's': rank: 'delta' is not one of pvar"]),
+        ({"subset": [subset({"rank": "pvar", "count": 1}, seed=2**64)]}, ["subset.0.seed", "less than"]),
+        ({"subset": [subset({"count": 1})]}, ["subset.0.steps.0: a step is `filter: METRIC` with min"]),
+        ({"subset": [subset({"filter": "pvar"})]}, ["filter 'pvar': give min, max, within, quantiles or values"]),
+        ({"subset": [subset({"filter": "pvar", "min": 2, "max": 1})]}, ["min 2 is above max 1"]),
+        ({"subset": [subset({"filter": "source", "min": 1})]}, ["filter: 'source' is not one of pvar"]),
+        ({"subset": [subset({"filter": "pvar", "values": ["a"]})]}, ["filter: 'pvar' is not one of source"]),
+        (
+            {"subset": [subset({"rank": "random", "count": 1}, controls=["bottom"])]},
+            ["needs a `rank` step by a metric"],
+        ),
+        ({"subset": [subset({"rank": "pvar", "count": 1, "quotas": {"a": 0.5}})]}, ["quotas share out a count"]),
+        ({"subset": [subset({"rank": "pvar", "count": 1, "by": "colour"})]}, ["by: 'colour' is not one of source"]),
         ({"publish": {"rows_per_file": 0}}, ["publish.rows_per_file", "got 0"]),
         ({"subsets": []}, ["subsets: no such field"]),
     ],
@@ -152,12 +170,20 @@ def test_descriptions_of_errors_leave_out_pydantics_own_words() -> None:
             ["pair 'pairs'", "best_vs_worst needs generate.samples >= 2"],
         ),
         (
-            {"subset": [{"name": "s", "count": 1}, {"name": "s", "count": 2}]},
+            {"subset": [subset(RANKED), subset(RANKED)]},
             ["subset", "'s' is used twice", "names must differ"],
         ),
-        ({"subset": [{"name": "s", "pairs": "other", "count": 1}]}, ["subset 's'", "'other' is not one of pairs"]),
-        ({"subset": [{"name": "s"}]}, ["subset 's'", "give either `fraction` or `count`"]),
-        ({"subset": [{"name": "s", "count": 1, "fraction": 0.5}]}, ["give either `fraction` or `count`"]),
+        (
+            {"subset": [subset(RANKED, controls=["random"]), {**subset(RANKED), "name": "s-random"}]},
+            ["subset", "'s-random' is used twice"],
+        ),
+        ({"subset": [subset(RANKED, pairs="other")]}, ["subset 's'", "'other' is not one of pairs"]),
+        ({"subset": [subset({"rank": "pvar"})]}, ["rank 'pvar'", "give one of fraction, count and tokens"]),
+        ({"subset": [subset({**RANKED, "fraction": 0.5})]}, ["give one of fraction, count and tokens"]),
+        ({"ensembles": [{"name": "e", "members": ["reward", "x"]}]}, ["ensemble 'e'", "'x' is not one of reward"]),
+        ({"pair": [{"rule": "labelled"}]}, ["pair 'pairs'", "rule labelled is for imported pairs"]),
+        ({"pair": [{"reward_scale": -1}]}, ["reward_scale -1 must be above 0, or auto"]),
+        ({"import": {"source": "x"}}, ["give either `ingest`, for prompts, or `import`"]),
     ],
 )
 def test_fields_that_do_not_fit_each_other_are_refused_with_what_to_do(

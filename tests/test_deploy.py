@@ -84,8 +84,8 @@ def test_the_form_has_a_title_and_a_description_for_every_section(schema: dict[s
         ("SamplingConfig", ["temperature", "max_tokens"]),
         ("ScoreConfig", ["scorers"]),
         ("ScorerConfig", ["name", "type", "engine", "model", "function"]),
-        ("PairingConfig", ["name", "rule", "generators", "scorer", "reward_scale"]),
-        ("SubsetConfig", ["name", "pairs", "rank", "keep", "fraction", "count", "seed"]),
+        ("PairingConfig", ["name", "rule", "generators", "scorer", "reward_scale", "seed"]),
+        ("SubsetConfig", ["name", "pairs", "steps", "controls", "seed"]),
         ("PublishConfig", ["rows_per_file", "license"]),
     ],
 )
@@ -195,7 +195,7 @@ def _fake_parameters(folder: Path, store: Path) -> dict[str, Any]:
         "generate": {"samples": 4, "generators": [{"name": "one", "engine": "fake"}]},
         "score": {"scorers": [{"name": "reward", "engine": "fake"}]},
         "pair": [{"name": "pairs", "rule": "best_vs_worst"}],
-        "subset": [{"name": "half", "rank": "pvar", "fraction": 0.5}],
+        "subset": [{"name": "half", "steps": [{"rank": "pvar", "fraction": 0.5}]}],
         "store": str(store),
     }
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from flows.shelf import list_subsets, show_subset, verify_subset
-from tasks.config import PairingConfig, PublishConfig, SubsetConfig
+from tasks.config import PairingConfig, PublishConfig, RankStep, SubsetConfig
 from tasks.errors import ConfigError, RunError
 from tasks.generate import completions_path
 from tasks.ingest import read_shard, shards_of
@@ -40,6 +40,11 @@ from tasks.versions import (
     remember_build,
 )
 from tests.conftest import Curated, copy_store, files_below, read_rows
+
+
+def by_pvar(fraction: float, **changes: Any) -> SubsetConfig:
+    return SubsetConfig(name="s", steps=[RankStep(rank="pvar", fraction=fraction)], **changes)
+
 
 # --- what the stages were given, read back without their help
 
@@ -131,7 +136,7 @@ def test_the_stronger_generators_first_sample_against_the_weakers(fake_run: Cura
 
 def test_a_reward_scale_of_zero_takes_the_pooled_deviation(fake_run: Curated, tmp_path: Path) -> None:
     store = copy_store(fake_run.store, tmp_path / "store")
-    table = pair(PairingConfig(name="auto", generators=["weak"], reward_scale=0), fake_run.rewards, store)
+    table = pair(PairingConfig(name="auto", generators=["weak"], reward_scale="auto"), fake_run.rewards, store)
     pooled = PooledScale()
     pooled.add(np.array([entry["rewards"] for entry in samples_of(fake_run, "weak")]))
     manifest = store.read_json(f"pairs/{table.digest}/manifest.json")
@@ -230,9 +235,9 @@ def test_a_subset_takes_its_end_of_the_order_and_says_what_it_left_out(fake_run:
         ranked = table.sort_values("rank")
         assert ranked["rank"].tolist() == list(range(number))
         assert values[ranked["pair"]].tolist() == expected[:number].tolist()
-    assert top.counts.dropped == {"outside top 0.25 by pvar": 30}
-    assert bottom.counts.dropped == {"outside bottom 0.25 by pvar": 30}
-    assert random.counts.dropped == {"outside random sample": 30}
+    assert top.counts.dropped == {"outside the top 25 % by pvar": 30}
+    assert bottom.counts.dropped == {"outside the bottom 25 % by pvar": 30}
+    assert random.counts.dropped == {"outside a random 25 %": 30}
 
 
 def test_mean_pvar_falls_from_top_over_random_to_bottom(fake_run: Curated) -> None:
@@ -249,7 +254,7 @@ def test_pairs_without_a_value_to_rank_by_are_left_out_and_counted(fake_run: Cur
     blank = blank.set_column(blank.schema.get_field_index("pvar"), "pvar", pa.array([None, 0.1], pa.float64()))
     other = Pairs("blank", "blank", rewards, table.counts)
     store.create_table("pairs/blank/pairs.parquet", blank)
-    taken = subset(SubsetConfig(name="s", fraction=1.0), other, store)
+    [taken] = subset(by_pvar(1.0), other, store)
     assert taken.counts == Counts(2, 1, {"no pvar": 1})
 
 
@@ -257,8 +262,8 @@ def test_a_subset_that_would_be_empty_stops_the_run(fake_run: Curated, store: St
     table = pair(PairingConfig(), odd_rewards(fake_run, store), store)
     store.create_table("pairs/none/pairs.parquet", PAIRS.empty_table())
     nothing = dataclasses.replace(table, digest="none", counts=Counts(8, 0, {"rewards tie": 8}))
-    with pytest.raises(RunError, match=r"subset 's' would be empty: 0 pairs, dropped before: \{'rewards tie': 8\}"):
-        subset(SubsetConfig(name="s", fraction=0.5), nothing, store)
+    with pytest.raises(RunError, match=r"subset 's' would be empty: 0 pairs .*; dropped before: \{'rewards tie': 8\}"):
+        subset(by_pvar(0.5), nothing, store)
 
 
 # --- publish
@@ -376,23 +381,11 @@ def test_two_makings_give_the_same_bytes_under_the_same_version(fake_run: Curate
     tables = {table.name: table for table in again}
     for wanted, version in zip(fake_run.config.subset, fake_run.versions, strict=True):
         assert wanted.pairs
-        remade = publish(fake_run.config.publish, wanted, subset(wanted, tables[wanted.pairs], store), store)
+        remade = publish(fake_run.config.publish, wanted, subset(wanted, tables[wanted.pairs], store)[0], store)
         assert str(remade) == str(version)
         for path in store.list(version.place):
             if not path.endswith("/manifest.json"):
                 assert store.read(path) == fake_run.store.read(path)
-
-
-def test_a_scorer_that_takes_no_part_does_not_make_another_version(fake_run: Curated, tmp_path: Path) -> None:
-    store = copy_store(fake_run.store, tmp_path / "store")
-    counts = fake_run.rewards.counts
-    more = Counts(2 * counts.into, 2 * counts.out - 3, {"other: not finite": 3})
-    rewards = dataclasses.replace(fake_run.rewards, scorers={**fake_run.rewards.scorers, "other": "f"}, counts=more)
-    wanted = fake_run.config.subset[0]
-    for path in store.list("subsets"):
-        Path(store.full(path)).unlink()
-    table = pair(fake_run.config.pair[0], rewards, store)
-    assert str(publish(PublishConfig(), wanted, subset(wanted, table, store), store)) == str(fake_run.versions[0])
 
 
 def test_a_version_that_was_removed_is_made_again(fake_run: Curated, tmp_path: Path) -> None:
@@ -431,8 +424,8 @@ def test_latest_names_the_version_that_was_published_last(fake_run: Curated, tmp
     store = copy_store(fake_run.store, tmp_path / "store")
     first, wanted = fake_run.versions[0], fake_run.config.subset[0]
     assert store.read_json("subsets/top/latest.json") == {"version": first.version}
-    half = wanted.model_copy(update={"fraction": 0.5})
-    second = publish(PublishConfig(), half, subset(half, fake_run.pairs[0], store), store)
+    half = wanted.model_copy(update={"steps": [RankStep(rank="pvar", fraction=0.5)]})
+    second = publish(PublishConfig(), half, subset(half, fake_run.pairs[0], store)[0], store)
     assert find_version(store, "top").version == second.version != first.version
     listed = {row["version"]: row["latest"] for row in list_subsets(store)["subsets"] if row["name"] == "top"}
     assert listed == {first.version: False, second.version: True}
@@ -479,10 +472,10 @@ def flip(path: Path, at: int) -> None:
 def test_a_published_subset_verifies(fake_run: Curated) -> None:
     for version in fake_run.versions:
         result = verify_subset(fake_run.store, str(version))
-        assert (result["problems"], result["files"]) == ([], 2)
+        assert (result["problems"], result["files"]) == ([], 3)
 
 
-@pytest.mark.parametrize("file", ["data/train-00000.parquet", "README.md"])
+@pytest.mark.parametrize("file", ["data/train-00000.parquet", "README.md", "report.html"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_one_flipped_bit_in_a_file_is_found(fake_run: Curated, tmp_path: Path, file: str, share: float) -> None:
     store = copy_store(fake_run.store, tmp_path / "store")
@@ -490,7 +483,7 @@ def test_one_flipped_bit_in_a_file_is_found(fake_run: Curated, tmp_path: Path, f
     flip(path, int(share * (path.stat().st_size - 1)))
     assert verify_subset(store, "top")["problems"] == [f"{file}: sha256 differs from the manifest's"]
     with pytest.raises(ConfigError, match="is damaged"):
-        fetch_version(store, fake_run.versions[0], "" if file == "README.md" else "data/", tmp_path / "fetched")
+        fetch_version(store, fake_run.versions[0], "data/" if file.startswith("data/") else "", tmp_path / "fetched")
 
 
 def test_one_flipped_bit_anywhere_in_the_manifest_is_found(fake_run: Curated, tmp_path: Path) -> None:

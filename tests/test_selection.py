@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from random import Random
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.selection.pairing import KEPT, MISSING, SAME, TIE, TOO_FEW, best_vs_worst, generator_delta
+from tasks.selection.pairing import ABSENT, KEPT, MISSING, SAME, TIE, TOO_FEW, best_vs_worst, generator_delta
 from tasks.selection.pvar import PooledScale, pvar
 from tasks.selection.ranking import hashes, order, size
 from tasks.selection.winrate import win_rate
@@ -163,7 +164,7 @@ def test_no_pair_is_ever_emitted_with_tied_rewards_or_equal_texts(rewards: np.nd
 def test_generator_delta_takes_the_first_sample_of_each_and_needs_no_reward() -> None:
     rewards = np.array([[NAN, NAN, NAN, NAN], [0.0, 9.0, 5.0, 9.0]])
     texts = np.array([[1, 2, 3, 4], [1, 2, 3, 4]])
-    choice = generator_delta(rewards, texts, np.ones((2, 4), dtype=bool), stronger=2, weaker=0)
+    choice = generator_delta(rewards, texts, np.array([[1, 1, 0, 0]] * 2))
     assert choice.chosen.tolist() == [2, 2]
     assert choice.rejected.tolist() == [0, 0]
     assert choice.reason.tolist() == [KEPT, KEPT]
@@ -172,8 +173,8 @@ def test_generator_delta_takes_the_first_sample_of_each_and_needs_no_reward() ->
 def test_generator_delta_drops_missing_samples_before_anything_else() -> None:
     rewards = np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 2.0]])
     texts = np.array([[0, 0], [1, 2], [3, 3], [3, 3]])
-    present = np.array([[True, False], [True, True], [True, True], [True, True]])
-    assert generator_delta(rewards, texts, present, 0, 1).reason.tolist() == [MISSING, TIE, SAME, SAME]
+    generators = np.array([[0, ABSENT], [0, 1], [0, 1], [0, 1]])
+    assert generator_delta(rewards, texts, generators).reason.tolist() == [MISSING, TIE, SAME, SAME]
 
 
 # --- ranking
@@ -183,10 +184,16 @@ def ids(number: int) -> list[str]:
     return [f"prompt-{i}" for i in range(number)]
 
 
+def hashed(names: list[str], seed: int) -> np.ndarray:
+    """Hashes of 64 bits of digests, as the pairs table has them."""
+    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
+    return hashes(np.frombuffer(digests, np.uint64), seed)
+
+
 def test_top_takes_large_values_first_and_bottom_small_ones() -> None:
     values = np.array([0.2, NAN, 0.5, 0.1, 0.4])
-    assert order(values, hashes(ids(5), 0)).tolist() == [2, 4, 0, 3]
-    assert order(values, hashes(ids(5), 0), "bottom").tolist() == [3, 0, 4, 2]
+    assert order(values, hashed(ids(5), 0)).tolist() == [2, 4, 0, 3]
+    assert order(values, hashed(ids(5), 0), "bottom").tolist() == [3, 0, 4, 2]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 5), st.sampled_from(["top", "bottom"]))
@@ -194,31 +201,31 @@ def test_ties_are_broken_by_the_prompt_and_the_seed_not_by_the_position(
     values: list[int], seed: int, keep: str
 ) -> None:
     names = ids(len(values))
-    straight = [names[i] for i in order(np.array(values, dtype=float), hashes(names, seed), keep)]
-    turned = [names[::-1][i] for i in order(np.array(values[::-1], dtype=float), hashes(names[::-1], seed), keep)]
+    straight = [names[i] for i in order(np.array(values, dtype=float), hashed(names, seed), keep)]
+    turned = [names[::-1][i] for i in order(np.array(values[::-1], dtype=float), hashed(names[::-1], seed), keep)]
     assert straight == turned
 
 
 def test_top_and_bottom_of_tied_values_share_no_row_before_they_must() -> None:
     values = np.array([1.0] * 30)
-    top, bottom = order(values, hashes(ids(30), 4)), order(values, hashes(ids(30), 4), "bottom")
+    top, bottom = order(values, hashed(ids(30), 4)), order(values, hashed(ids(30), 4), "bottom")
     assert top[:15].tolist() == bottom[:14:-1].tolist()
     assert not set(top[:15].tolist()) & set(bottom[:15].tolist())
 
 
 def test_another_seed_breaks_ties_in_another_way() -> None:
     values = np.zeros(50)
-    assert order(values, hashes(ids(50), 1)).tolist() != order(values, hashes(ids(50), 2)).tolist()
-    assert sorted(order(values, hashes(ids(50), 1)).tolist()) == list(range(50))
+    assert order(values, hashed(ids(50), 1)).tolist() != order(values, hashed(ids(50), 2)).tolist()
+    assert sorted(order(values, hashed(ids(50), 1)).tolist()) == list(range(50))
 
 
 def test_the_hash_of_a_prompt_is_the_same_on_every_machine() -> None:
-    assert hashes(["a", "b"], 7).tolist() == [9712727859826539874, 15746834663014945548]
+    assert hashes(np.array([1, 2**63], np.uint64), 7).tolist() == [9648886400068060533, 7084241770554260413]
 
 
 def test_random_order_is_stable_in_size_and_when_prompts_are_added() -> None:
     def drawn(names: list[str], number: int) -> list[str]:
-        ranked = order(hashes(names, 3).astype(np.float64), hashes(names, 3))
+        ranked = order(hashed(names, 3).astype(np.float64), hashed(names, 3))
         return [names[i] for i in ranked[:number]]
 
     small, large = drawn(ids(200), 20), drawn(ids(200), 50)
@@ -231,7 +238,7 @@ def test_random_order_favours_no_position() -> None:
     names = ids(1000)
     taken = np.zeros(1000)
     for seed in range(200):
-        taken[order(hashes(names, seed).astype(np.float64), hashes(names, seed))[:250]] += 1
+        taken[order(hashed(names, seed).astype(np.float64), hashed(names, seed))[:250]] += 1
     halves = taken[:500].sum(), taken[500:].sum()
     assert abs(halves[0] - halves[1]) / 50_000 < 0.02
     assert taken.min() > 20 and taken.max() < 85  # binomial(200, 1/4): mean 50, deviation 6

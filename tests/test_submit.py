@@ -199,7 +199,7 @@ def _configuration() -> dict[str, Any]:
         "ingest": {"source": "prompts.jsonl", "shard_size": 4},
         "generate": {"samples": 4, "generators": [{"name": "one", "engine": "fake"}]},
         "score": {"scorers": [{"name": "reward", "engine": "fake"}]},
-        "subset": [{"name": "half", "rank": "pvar", "fraction": 0.5}],
+        "subset": [{"name": "half", "steps": [{"rank": "pvar", "fraction": 0.5}]}],
         "store": "store",
     }
 

@@ -39,6 +39,12 @@ def pvar(rewards: Floats, scale: float = 1.0) -> Floats:
         return np.where(n >= 2, 2 * total / (n * (n - 1)), np.nan)
 
 
+def pvar_with_error(rewards: Floats, scale: float = 1.0) -> tuple[Floats, Floats]:
+    rewards = np.asarray(rewards, dtype=np.float64)
+    value = pvar(rewards, scale)
+    return value, np.full(len(value), np.nan)
+
+
 class PooledScale:
     """The data set's pooled standard deviation within prompts, from chunks: what `reward_scale: 0` uses for T."""
 

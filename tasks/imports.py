@@ -1,0 +1,316 @@
+"""import: completions that exist already, rated or in pairs, into the same store as generated ones.
+
+Rows are read and understood one by one (tasks/forms.py), grouped by prompt on disk, and cut into shards like prompts
+are. All completions of a prompt stand together, whoever wrote them; each rating stands as a scorer's rewards. So all
+that follows (scoring by models and judges, pair, subset, publish) works as it does on generated completions. A shard is
+named by its prompts and completions: a file that has grown keeps the shards it had, and what models made of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sqlite3
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from tasks import models
+from tasks.config import ImportConfig, is_local_path
+from tasks.errors import ConfigError, RunError
+from tasks.forms import Understood, form_of, ratings_of, understand
+from tasks.generate import completions_path
+from tasks.ingest import Quarantine, ShardWriter, check_share, example, examples_of, inputs_digest, pointer
+from tasks.progress import Meter, Report, silent
+from tasks.records import (
+    IMPORTED,
+    REWARDS,
+    SCHEMA_VERSION,
+    Completions,
+    Counts,
+    PromptSet,
+    Rewards,
+    Work,
+    digest,
+    text_digest,
+)
+from tasks.score import rewards_path
+from tasks.sources import BadRow, read_rows
+from tasks.store import Store
+
+_BLOCK = 1000  # rows between two progress reports
+_LOOKED_AT = 200  # rows, for a preview
+_WORD = re.compile(r"\w+|[^\w\s]")
+_NAME = "import"  # the generator that imported completions stand under
+
+
+def import_(config: ImportConfig, store: Store, report: Report = silent) -> Rewards:
+    """The completions of a source with their ratings. A source that was imported before is not read again."""
+    started = time.monotonic()
+    inputs = inputs_digest(config)
+    known = known_import(config, store)
+    if known:
+        Meter(report, "import", known.completions.counts.into, "completions", reused=known.completions.counts.into)
+        return known
+    with tempfile.TemporaryDirectory() as folder:
+        meter = Meter(report, "import", 0, "completions")
+        about, quarantine = _read(config, inputs, store, Path(folder), meter)
+        if inputs_digest(config) != inputs:
+            raise RunError(f"import.source {config.source!r} changed while it was read; run again")
+        store.create_file(f"prompts/sources/{inputs}.quarantine.parquet", quarantine)
+    store.create_json(pointer(inputs), {**about, "source": config.source})
+    return _handle(about, Work(shards_made=about["shards"], seconds=time.monotonic() - started))
+
+
+def known_import(config: ImportConfig, store: Store) -> Rewards | None:
+    """What a source that was imported before gave, with the same content and settings."""
+    inputs = inputs_digest(config)
+    if not store.exists(pointer(inputs)):
+        return None
+    about = store.read_json(pointer(inputs))
+    check_share(config, Counts(**about["counts"]), lambda: examples_of(store, inputs))
+    return _handle(about, Work(shards_reused=about["shards"]))
+
+
+def preview(config: ImportConfig, prompts: int = 3) -> dict[str, Any]:
+    """The first prompts as they would be imported, and what is wrong with the first rows; nothing is written."""
+    count_tokens, unit = _length(config)
+    groups: dict[str, dict[str, Any]] = {}
+    bad: list[str] = []
+    form, columns = "", []
+    for row, number in itertools.islice(read_rows(config), _LOOKED_AT):
+        try:
+            understood = understand(row, config)
+        except BadRow as error:
+            bad.append(example(number, error.reason, error.excerpt))
+            continue
+        assert isinstance(row, dict)
+        form, columns = form_of(row, config), list(row)
+        found = groups.setdefault(understood.prompt["prompt_id"], {**understood.prompt, "completions": []})
+        found["completions"] += [
+            {"generator": c.generator, unit: count_tokens(c.text), "ratings": c.ratings, "text": c.text}
+            for c in understood.completions
+        ]
+    if not groups:
+        raise ConfigError(
+            f"import.columns: no row at the beginning of {config.source!r} is understood: "
+            f"{' | '.join(bad[:3]) or 'it holds none'}"
+        )
+    shown = list(groups.values())[:prompts]
+    return {"form": form, "columns": columns, "prompts": shown, "bad": bad, "looked_at": _LOOKED_AT}
+
+
+def _handle(about: dict[str, Any], work: Work) -> Rewards:
+    prompts = PromptSet(about["set"], Counts(about["prompts"], about["prompts"]))
+    completions = Completions(
+        prompts,
+        about["samples"],
+        {_NAME: about["generator"]},
+        Counts(**about["counts"]),
+        work,
+        authors=tuple(about["authors"]),
+        length_unit=about["length_unit"],
+    )
+    return Rewards(completions, about["scorers"], Counts(**about["ratings"]))
+
+
+def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: Meter) -> tuple[dict[str, Any], Path]:
+    """Import everything; what is known about it, and a local file with the quarantined rows."""
+    quarantine = Quarantine(folder / "quarantine.parquet")
+    groups = _Groups(folder / "groups.sqlite")
+    dropped: Counter[str] = Counter()
+    examples: list[str] = []
+    into = kept = 0
+    forms: set[str] = set()
+    for row, number in read_rows(config):
+        try:
+            understood = understand(row, config)
+        except BadRow as bad:
+            into += 1
+            dropped[bad.reason] += 1
+            quarantine.add(number, bad)
+            if len(examples) < 3:
+                examples.append(example(number, bad.reason, bad.excerpt))
+        else:
+            assert isinstance(row, dict)
+            forms.add(form_of(row, config))
+            new = groups.add(understood, together="pairs" in forms)
+            into, kept = into + len(understood.completions), kept + new
+            dropped["duplicate"] += len(understood.completions) - new
+        if number % _BLOCK == 0:
+            meter.add(_BLOCK)
+    meter.add(max(0, into - meter.done))
+    if "pairs" in forms and len(forms) > 1:
+        raise ConfigError(
+            f"import.source {config.source!r} holds pairs and other rows; import them one by one, by `form`"
+        )
+    counts = Counts(into, kept, {reason: n for reason, n in dropped.items() if n})
+    check_share(config, counts, lambda: examples)
+    count_tokens, unit = _length(config)
+    facts = {"schema": SCHEMA_VERSION, "stage": "import", "lengths": _tokenizer(config.tokenizer)}
+    generator = models.remember_facts(facts, "import", store)
+    names = groups.ratings()
+    scorers = {
+        rating.name: models.remember_facts(
+            {"schema": SCHEMA_VERSION, "stage": "import", "rating": rating.model_dump(), "inputs": inputs},
+            rating.name,
+            store,
+        )
+        for rating in ratings_of(config)
+        if rating.name in names
+    }
+    for rating in config.ratings:
+        if rating.name not in names:
+            raise ConfigError(
+                f"import.ratings: no row has a number in {rating.column or rating.name!r}, for rating {rating.name!r}; "
+                f"see `prefsieve import CONFIG --dry-run` for the columns there are. {names or ''}"
+            )
+    writer = _CompletionWriter(store, config.shard_size, generator, scorers, count_tokens)
+    for prompt in groups.prompts():
+        writer.add(prompt)
+    about = {
+        "set": writer.close(),
+        "prompts": writer.rows,
+        "samples": max(shard["samples"] for shard in writer.shards),
+        "shards": len(writer.shards),
+        "generator": generator,
+        "authors": list(writer.authors),
+        "length_unit": unit,
+        "scorers": scorers,
+        "counts": {"into": counts.into, "out": counts.out, "dropped": counts.dropped},
+        "ratings": writer.rated(),
+    }
+    return about, quarantine.close()
+
+
+def _length(config: ImportConfig) -> tuple[Callable[[str], int], str]:
+    """How long a text is, and in which unit."""
+    if not config.tokenizer:
+        return lambda text: len(_WORD.findall(text)), "words"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"import.tokenizer: {config.tokenizer!r} cannot be loaded: {error}") from error
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]), "tokens"
+
+
+def _tokenizer(name: str) -> str:
+    """What a tokenizer is by content."""
+    if not name:
+        return "words"
+    return models.folder_digest(Path(name).expanduser()) if is_local_path(name) else name
+
+
+class _CompletionWriter(ShardWriter):
+    """Writes, beside each shard of prompts, its completions and one file per rating."""
+
+    def __init__(
+        self, store: Store, shard_size: int, generator: str, scorers: dict[str, str], count_tokens: Callable[[str], int]
+    ) -> None:
+        super().__init__(store, shard_size)
+        self.generator, self.scorers, self.count_tokens = generator, scorers, count_tokens
+        self.authors: dict[str, None] = {}
+        self.missing: Counter[str] = Counter()
+        self.completions = 0
+
+    def key(self, row: dict[str, Any]) -> str:
+        return digest([row["prompt_id"], [[c["generator"], c["text"]] for c in row["completions"]]])
+
+    def beside(self, shard: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        shard["samples"] = max(len(row["completions"]) for row in rows)
+        place = (self.generator, shard["prompts"], (0, shard["samples"]))
+        table = pa.Table.from_pylist([self._completions(row) for row in rows], schema=IMPORTED)
+        self.store.create_table(completions_path(*place), table)
+        for name, scorer in self.scorers.items():
+            rated = pa.Table.from_pylist([self._ratings(row, name) for row in rows], schema=REWARDS)
+            self.store.create_table(rewards_path(scorer, *place), rated)
+
+    def _completions(self, row: dict[str, Any]) -> dict[str, Any]:
+        texts = [c["text"] for c in row["completions"]]
+        self.authors |= dict.fromkeys(c["generator"] for c in row["completions"])
+        self.completions += len(texts)
+        return {
+            "prompt_id": row["prompt_id"],
+            "refused": None,
+            "prompt_tokens": self.count_tokens(row["messages"][-1]["content"]),
+            "texts": texts,
+            "text_digests": [text_digest(text) for text in texts],
+            "finish_reasons": ["stop"] * len(texts),
+            "tokens": [self.count_tokens(text) for text in texts],
+            "logprobs": [None] * len(texts),
+            "generators": [c["generator"] for c in row["completions"]],
+        }
+
+    def _ratings(self, row: dict[str, Any], name: str) -> dict[str, Any]:
+        ratings = [c["ratings"].get(name, "no rating") for c in row["completions"]]
+        reasons = [rating if isinstance(rating, str) else None for rating in ratings]
+        self.missing.update(f"{name}: {reason.split(':')[0]}" for reason in reasons if reason)
+        return {
+            "prompt_id": row["prompt_id"],
+            "rewards": [None if isinstance(rating, str) else rating for rating in ratings],
+            "reasons": reasons,
+        }
+
+    def rated(self) -> dict[str, Any]:
+        """Counts of the ratings."""
+        into = self.completions * len(self.scorers)
+        return {"into": into, "out": into - self.missing.total(), "dropped": dict(self.missing)}
+
+
+class _Groups:
+    """Completions by prompt, in order of appearance; on disk, so that memory stays flat."""
+
+    def __init__(self, path: Path) -> None:
+        self.db = sqlite3.connect(path, isolation_level=None)
+        self.db.executescript(
+            """
+            PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;
+            CREATE TABLE prompts (number INTEGER PRIMARY KEY, id TEXT UNIQUE, row TEXT);
+            CREATE TABLE completions (prompt INTEGER, key TEXT, place INTEGER, row TEXT, PRIMARY KEY (prompt, key));
+            BEGIN
+            """
+        )
+        self.place = 0
+        self.rated: set[str] = set()
+
+    def add(self, understood: Understood, together: bool) -> int:
+        """How many of the completions are new; `together`: all or none of them, as in a pair."""
+        prompt = understood.prompt
+        self.db.execute(
+            "INSERT OR IGNORE INTO prompts (id, row) VALUES (?, ?)", (prompt["prompt_id"], json.dumps(prompt))
+        )
+        number = self.db.execute("SELECT number FROM prompts WHERE id = ?", (prompt["prompt_id"],)).fetchone()[0]
+        texts = [[c.generator, c.text] for c in understood.completions]
+        new = 0
+        for i, completion in enumerate(understood.completions):
+            key = digest([i, texts] if together else texts[i])
+            row = {"generator": completion.generator, "text": completion.text, "ratings": completion.ratings}
+            self.place += 1
+            done = self.db.execute(
+                "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?)", (number, key, self.place, json.dumps(row))
+            )
+            new += done.rowcount
+            self.rated |= {name for name, rating in completion.ratings.items() if not isinstance(rating, str)}
+        return new
+
+    def ratings(self) -> set[str]:
+        """Names of the ratings that some completion has."""
+        return self.rated
+
+    def prompts(self) -> Iterator[dict[str, Any]]:
+        """Rows of PROMPTS, each with its `completions`."""
+        rows = self.db.execute(
+            "SELECT number, prompts.row, completions.row FROM prompts JOIN completions ON prompt = number "
+            "ORDER BY number, place"
+        )
+        for _, group in itertools.groupby(rows, key=lambda row: row[0]):
+            found = list(group)
+            yield {**json.loads(found[0][1]), "completions": [json.loads(completion) for _, _, completion in found]}
