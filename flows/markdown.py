@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.card import dropped_words
+from tasks.card import dropped_words, selection_words
 from tasks.progress import duration
 
 
@@ -148,7 +148,7 @@ def show_markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# {result['name']}@{result['version']}",
         "",
-        f"Takes {content['explanation']['description']}.",
+        f"Takes {selection_words(content)}.",
         "",
         *table(numbers),
     ]

@@ -17,7 +17,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from tasks.card import dropped_words
+from tasks.card import dropped_words, selection_words
 from tasks.progress import Progress, Report
 from tasks.records import Counts, Rewards, Version, Work
 from tasks.store import Store
@@ -94,7 +94,7 @@ def subset_row(store: Store, version: Version) -> dict[str, Any]:
     return {
         "name": version.name,
         "version": version.version,
-        "selection": content["explanation"]["description"],
+        "selection": selection_words(content),
         "pairing": content["pairing"]["rule"],
         "pairs": content["summary"]["rows"],
         **{key: content["summary"][f"mean_{key}"] for key in ("pvar", "margin", "chosen_tokens", "rejected_tokens")},

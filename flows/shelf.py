@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks import imports
+from tasks.card import selection_words
 from tasks.config import CurateConfig, ImportConfig
 from tasks.progress import Progress
 from tasks.records import Counts, Version
@@ -27,7 +28,7 @@ def list_subsets(store: Store) -> dict[str, Any]:
             "version": manifest["version"],
             "latest": manifest["latest"],
             "pairs": manifest["content"]["summary"]["rows"],
-            "selection": manifest["content"]["explanation"]["description"],
+            "selection": selection_words(manifest["content"]),
             "pvar": manifest["content"]["summary"]["mean_pvar"],
             "margin": manifest["content"]["summary"]["mean_margin"],
             "created": manifest["created"],

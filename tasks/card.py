@@ -7,7 +7,6 @@ Whatever a manifest does not say is left out.
 
 from __future__ import annotations
 
-import math
 import re
 from itertools import pairwise
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from tasks.config import PublishConfig
+from tasks.describe import describe, number
 
 CONFOUNDED = 0.2  # |r| with length from which a subset may be one of long or short answers
 SOURCES_SHOWN = 20
@@ -70,65 +70,6 @@ def selection_words(content: dict[str, Any]) -> str:
     subset = content.get("subset")
     told = (content.get("explanation") or {}).get("description")
     return told or (describe(subset) if subset else "how they were selected is not recorded")
-
-
-def describe(subset: dict[str, Any]) -> str:
-    """What a subset takes, in words: the top 10 % by pvar, after margin at least 0."""
-    steps = subset.get("steps") or ([subset] if subset.get("rank") else [])  # one flat step in older manifests
-    ranks = [place for place, step in enumerate(steps) if step.get("rank")]
-    seed = subset.get("seed") or 0
-    if not ranks:
-        return "all pairs" + (f" with {_listed([_step_words(step, seed) for step in steps])}" if steps else "")
-    last = ranks[-1]
-    words = [_step_words(step, seed) for step in steps]
-    before = f", after {_listed(words[:last])}" if last else ""
-    then = f", then {_listed(words[last + 1 :])}" if words[last + 1 :] else ""
-    return words[last] + before + then
-
-
-def _step_words(step: dict[str, Any], seed: int) -> str:
-    return _rank_words(step, seed) if step.get("rank") else _filter_words(step)
-
-
-def _filter_words(step: dict[str, Any]) -> str:
-    metric, low, high = step.get("filter") or "?", step.get("min"), step.get("max")
-    words = []
-    if low is not None and high is not None:
-        words.append(f"{metric} from {number(low)} to {number(high)}")
-    elif low is not None:
-        words.append(f"{metric} at least {number(low)}")
-    elif high is not None:
-        words.append(f"{metric} at most {number(high)}")
-    if step.get("within") is not None:
-        words.append(f"|{metric}| at most {number(step['within'])}")
-    if step.get("quantiles"):
-        words.append(f"{metric} between its quantiles {' and '.join(number(q) for q in step['quantiles'])}")
-    if step.get("values"):
-        words.append(f"{metric} {' or '.join(str(value) for value in step['values'])}")
-    return " and ".join(words) or f"any {metric}"
-
-
-def _rank_words(step: dict[str, Any], seed: int) -> str:
-    random = step["rank"] == "random"
-    if step.get("fraction") is not None:
-        amount = f"{100 * step['fraction']:.4g} %"
-    else:
-        amount = number(step.get("count")) if step.get("count") is not None else "pairs"
-    words = f"a random {amount}" if random else f"the {step.get('keep') or 'top'} {amount} by {step['rank']}"
-    if random and amount == "pairs":
-        words = "random pairs"
-    if step.get("tokens") is not None:
-        words += f" within {step['tokens']:,} tokens"
-    if step.get("quotas"):
-        shares = ", ".join(f"{value} {100 * share:.4g} %" for value, share in step["quotas"].items())
-        words += f" ({step.get('by') or 'quotas'}: {shares})"
-    elif step.get("by"):
-        words += f" within each {step['by']}"
-    return words + (f" (seed {seed})" if random else "")
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def control_words(control: dict[str, Any] | None) -> str:
@@ -196,15 +137,6 @@ def delta_words(delta: dict[str, Any] | None) -> str:
 
 def dropped_words(dropped: dict[str, int]) -> str:
     return ", ".join(f"{n or 0:,} {reason}" for reason, n in dropped.items()) or "none"
-
-
-def number(value: Any) -> str:
-    """A number for people: four digits, thousands apart, `none` where there is none."""
-    if value is None:
-        return "none"
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def share(value: float | None) -> str:

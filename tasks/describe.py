@@ -2,64 +2,73 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
 def describe(subset: dict[str, Any]) -> str:
-    """The top 10 % by pvar, after margin at least 0; then length_difference at most 100 from 0."""
-    words = ""
-    filters: list[str] = []
-    for step in subset["steps"]:
-        if "filter" in step:
-            filters.append(describe_step(step))
-            continue
-        words += f", then {describe_step(step)}" if words else describe_step(step)
-        if filters:
-            words += f", after {_listed(filters)}"
-            filters = []
-    if filters:
-        words = f"{words}, then those with {_listed(filters)}" if words else f"all with {_listed(filters)}"
-    if "seed" in subset and any(step.get("rank") == "random" for step in subset["steps"]):
-        words += f" (seed {subset['seed']})"
-    return words
+    """What a subset takes, in words: the top 10 % by pvar, after margin at least 0."""
+    steps = subset.get("steps") or []
+    words = [describe_step(step, subset.get("seed") or 0) for step in steps]
+    ranks = [place for place, step in enumerate(steps) if step.get("rank")]
+    if not ranks:
+        return f"all pairs with {_listed(words)}" if words else "all pairs"
+    last = ranks[-1]
+    before = f", after {_listed(words[:last])}" if last else ""
+    then = f", then {_listed(words[last + 1 :])}" if words[last + 1 :] else ""
+    return words[last] + before + then
 
 
-def describe_step(step: dict[str, Any]) -> str:
+def describe_step(step: dict[str, Any], seed: int = 0) -> str:
     """One step: `margin at least 0`, or `the top 10 % by pvar`."""
-    return f"{step['filter']} {bounds(step)}" if "filter" in step else _ranking(step)
+    return _rank_words(step, seed) if step.get("rank") else _filter_words(step)
 
 
-def bounds(step: dict[str, Any]) -> str:
-    """What a filter asks for, without the metric's name."""
-    if step.get("values") is not None:
-        return f"one of {', '.join(step['values'])}"
+def _filter_words(step: dict[str, Any]) -> str:
+    metric, low, high = step.get("filter") or "?", step.get("min"), step.get("max")
     words = []
-    if step.get("min") is not None:
-        words.append(f"at least {step['min']:g}")
-    if step.get("max") is not None:
-        words.append(f"at most {step['max']:g}")
+    if low is not None and high is not None:
+        words.append(f"{metric} from {number(low)} to {number(high)}")
+    elif low is not None:
+        words.append(f"{metric} at least {number(low)}")
+    elif high is not None:
+        words.append(f"{metric} at most {number(high)}")
     if step.get("within") is not None:
-        words.append(f"at most {step['within']:g} from 0")
-    if step.get("quantiles") is not None:
-        low, high = step["quantiles"]
-        words.append(f"between its {100 * low:g} % and {100 * high:g} % quantiles")
-    return _listed(words)
+        words.append(f"|{metric}| at most {number(step['within'])}")
+    if step.get("quantiles"):
+        words.append(f"{metric} between its quantiles {' and '.join(number(q) for q in step['quantiles'])}")
+    if step.get("values"):
+        words.append(f"{metric} {' or '.join(str(value) for value in step['values'])}")
+    return " and ".join(words) or f"any {metric}"
 
 
-def _ranking(step: dict[str, Any]) -> str:
+def _rank_words(step: dict[str, Any], seed: int) -> str:
+    random = step["rank"] == "random"
     if step.get("fraction") is not None:
         amount = f"{100 * step['fraction']:.4g} %"
-    elif step.get("count") is not None:
-        amount = f"{step['count']:,}"
     else:
-        amount = f"{step['tokens']:,} tokens"
-    words = f"a random {amount}" if step["rank"] == "random" else f"the {step['keep']} {amount} by {step['rank']}"
-    if step.get("by"):
+        amount = number(step.get("count")) if step.get("count") is not None else "pairs"
+    words = f"a random {amount}" if random else f"the {step.get('keep') or 'top'} {amount} by {step['rank']}"
+    if random and amount == "pairs":
+        words = "random pairs"
+    if step.get("tokens") is not None:
+        words += f" within {step['tokens']:,} tokens"
+    if step.get("quotas"):
+        shares = ", ".join(f"{value} {100 * share:.4g} %" for value, share in step["quotas"].items())
+        words += f" ({step.get('by') or 'quotas'}: {shares})"
+    elif step.get("by"):
         words += f" within each {step['by']}"
-        if step.get("quotas"):
-            words += f" ({', '.join(f'{100 * share:g} % {value}' for value, share in step['quotas'].items())})"
-    return words
+    return words + (f" (seed {seed})" if random else "")
 
 
 def _listed(words: list[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def number(value: Any) -> str:
+    """A number for people: four digits, thousands apart, `none` where there is none."""
+    if value is None:
+        return "none"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

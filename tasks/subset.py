@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks.config import FilterStep, RankStep, SubsetConfig, control_name
-from tasks.describe import bounds, describe_step
+from tasks.describe import describe_step
 from tasks.errors import RunError
 from tasks.pairtable import PairTable
 from tasks.progress import Meter, Report, silent
@@ -91,28 +91,27 @@ def _steps(config: SubsetConfig, table: PairTable, ids: NDArray[np.uint64]) -> _
             taken.pool = taken.pool if ranked else taken.rows
         else:
             ranked = True
-            _rank(step, table, taken, ranking.hashes(ids, config.seed))
+            _rank(step, table, taken, ranking.hashes(ids, config.seed), config.seed)
     return taken
 
 
 def _filter(step: FilterStep, table: PairTable, taken: _Taken) -> None:
-    words, rows = step.model_dump(), taken.rows
+    words, rows = describe_step(step.model_dump()), taken.rows
     if step.values is not None:
         numbers, names = table.texts(step.filter)
         inside = np.isin(numbers[rows], [i for i, name in enumerate(names) if name in step.values])
-        left = {f"{step.filter} not {bounds(words)}": rows[~inside]}
-        taken.drop(describe_step(words), left, rows[inside])
+        taken.drop(words, {f"not {words}": rows[~inside]}, rows[inside])
         return
     side = ranking.in_range(table.numbers(step.filter)[rows], step.min, step.max, step.within, step.quantiles)
     left = {
         f"no {step.filter}": rows[side == 2],
-        f"{step.filter} too low ({bounds(words)})": rows[side == -1],
-        f"{step.filter} too high ({bounds(words)})": rows[side == 1],
+        f"{step.filter} too low ({words})": rows[side == -1],
+        f"{step.filter} too high ({words})": rows[side == 1],
     }
-    taken.drop(describe_step(words), left, rows[side == 0])
+    taken.drop(words, left, rows[side == 0])
 
 
-def _rank(step: RankStep, table: PairTable, taken: _Taken, ties: NDArray[np.uint64]) -> None:
+def _rank(step: RankStep, table: PairTable, taken: _Taken, ties: NDArray[np.uint64], seed: int) -> None:
     rows = taken.rows
     values = ties[rows].astype(np.float64) if step.rank == "random" else table.numbers(step.rank)[rows]
     ordered = rows[ranking.order(values, ties[rows], step.keep)]
@@ -127,7 +126,7 @@ def _rank(step: RankStep, table: PairTable, taken: _Taken, ties: NDArray[np.uint
     for name, number in sizes.items():
         inside[strata[name][:number]] = True
     inside = inside[ordered]
-    words = describe_step(step.model_dump())
+    words = describe_step(step.model_dump(), seed)
     taken.drop(words, {f"no {step.rank}": none, f"outside {words}": ordered[~inside]}, ordered[inside])
 
 

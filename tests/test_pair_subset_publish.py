@@ -237,7 +237,7 @@ def test_a_subset_takes_its_end_of_the_order_and_says_what_it_left_out(fake_run:
         assert values[ranked["pair"]].tolist() == expected[:number].tolist()
     assert top.counts.dropped == {"outside the top 25 % by pvar": 30}
     assert bottom.counts.dropped == {"outside the bottom 25 % by pvar": 30}
-    assert random.counts.dropped == {"outside a random 25 %": 30}
+    assert random.counts.dropped == {"outside a random 25 % (seed 0)": 30}
 
 
 def test_mean_pvar_falls_from_top_over_random_to_bottom(fake_run: Curated) -> None:

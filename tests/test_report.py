@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tasks.card import dataset_card, describe, size_category
+from tasks.card import dataset_card, size_category
 from tasks.config import PublishConfig
+from tasks.describe import describe
 from tasks.report import CUT, report_html
 
 HOSTILE = [
@@ -572,9 +573,3 @@ def test_sizes_are_the_hubs_words() -> None:
 )
 def test_a_subset_in_words(steps: list[dict[str, Any]], words: str) -> None:
     assert describe({"steps": steps, "seed": 7, "controls": []}) == words
-
-
-def test_a_flat_subset_of_an_older_manifest_in_words() -> None:
-    assert describe({"rank": "pvar", "keep": "top", "fraction": 0.1, "count": None, "seed": 0}) == (
-        "the top 10 % by pvar"
-    )
