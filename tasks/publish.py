@@ -33,7 +33,7 @@ from tasks.versions import find_build, publish_folder, remember_build
 
 _TEXTS = ("prompt", "chosen", "rejected")
 _SHOWN = 20  # rows at either end of the ranking, in the report
-_ROWS = 4096  # joined at once: as much text as is held in memory
+_ROWS = 4096  # joined and written at once: as much text as is held in memory
 
 
 def publish(
@@ -128,7 +128,7 @@ def _write_rows(
     metrics = ("pvar", "margin", "score_chosen", "score_rejected", "chosen_tokens", "rejected_tokens")
     sums: dict[str, list[float]] = {name: [0.0, 0] for name in metrics}
     writer, written = None, 0
-    for table in _tables(selection, store, room):
+    for table in _regular(_tables(selection, store, room)):
         ends.look(table)
         while table.num_rows:
             file, used = divmod(written, config.rows_per_file)
@@ -148,6 +148,20 @@ def _write_rows(
         writer.close()
     means = {name: round(total / n, 6) if n else None for name, (total, n) in sums.items()}
     return {"rows": written, **{f"mean_{name}": mean for name, mean in means.items()}}
+
+
+def _regular(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of _ROWS, which become row groups: a subset takes few rows of a shard."""
+    open_: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        open_.append(table)
+        rows += table.num_rows
+        if rows >= _ROWS:
+            yield pa.concat_tables(open_)
+            open_, rows = [], 0
+    if open_:
+        yield pa.concat_tables(open_)
 
 
 def _tables(selection: Selection, store: Store, room: Path) -> Iterator[pa.Table]:

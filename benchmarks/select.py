@@ -1,0 +1,182 @@
+"""From rewards in the store to a top-10 % subset: `pair` and `subset`, beside the same mathematics in plain NumPy.
+
+    .venv/bin/python benchmarks/select.py [--prompts 10000000] [--out FILE]
+
+Writes a store of random completions and rewards (8 samples of one generator per prompt, shards of 131,072 prompts, no
+texts), then measures, each in a process of its own:
+
+stage       the two stages as `prefsieve curate` runs them: every prompt's PVar with its error, pair and metrics, and the
+            list of the top 10 % by PVar; with and without reading the store's files from the page cache
+vectorised  the least that any program must do: read the same columns of the same files, and compute PVar of all prompts
+            in one loop over vectorised NumPy
+python      PVar of a hundred-thousandth of the prompts in Python, prompt by prompt, taken up to all of them
+
+Prints seconds, peak memory and the ratios as JSON. Sizes from a tenth up to the whole show whether time is linear.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its `select` would stand for Python's own
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.machine import machine
+from tasks.config import PairingConfig, RankStep, SubsetConfig
+from tasks.generate import completions_path
+from tasks.pair import pair
+from tasks.records import PROMPTS, Completions, Counts, PromptSet, Rewards
+from tasks.score import rewards_path
+from tasks.selection.pvar import pvar
+from tasks.store import Store
+from tasks.subset import subset
+
+SAMPLES = 8
+SHARD = 131_072
+GENERATOR, SCORER = "generator", "scorer"
+
+
+def build(folder: Path, prompts: int) -> None:
+    """A store with prompts, completions (without texts) and rewards; prompts differ in how much their rewards differ."""
+    store, rng = Store(folder), np.random.default_rng(0)
+    shards = []
+    for number, first in enumerate(range(0, prompts, SHARD)):
+        rows = min(SHARD, prompts - first)
+        name = f"{number:032x}"
+        raw = rng.integers(0, 256, (rows, 16), dtype=np.uint8)
+        ids = pa.array([value.hex() for value in map(bytes, raw)])
+        fixed = pa.array(np.arange(0, rows * SAMPLES + 1, SAMPLES, dtype=np.int32))
+
+        def lists(values: np.ndarray, offsets: pa.Array = fixed) -> pa.ListArray:
+            return pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
+
+        spread = rng.gamma(2.0, 0.7, (rows, 1))
+        rewards = rng.normal(rng.normal(size=(rows, 1)), spread, (rows, SAMPLES))
+        digests = rng.integers(-(2**63), 2**63 - 1, (rows, SAMPLES), dtype=np.int64)
+        tokens = rng.integers(20, 2000, (rows, SAMPLES), dtype=np.int32)
+        message = pa.array([[{"role": "user", "content": "x"}]], PROMPTS.field("messages").type)
+        source = pa.array(["web", "math", "code", "chat"])[0:4].take(pa.array(rng.integers(0, 4, rows)))
+        prompt_columns = [ids, message.take(pa.array(np.zeros(rows, np.int64))), source, pa.repeat("{}", rows)]
+        store.create_table(f"prompts/shards/{name}.parquet", pa.table(prompt_columns, schema=PROMPTS))
+        made = pa.table({"prompt_id": ids, "text_digests": lists(digests), "tokens": lists(tokens)})
+        store.create_table(completions_path(GENERATOR, name, (0, SAMPLES)), made)
+        rated = pa.table({"prompt_id": ids, "rewards": lists(rewards)})
+        store.create_table(rewards_path(SCORER, GENERATOR, name, (0, SAMPLES)), rated)
+        shards.append({"digest": name, "prompts": name, "rows": rows})
+    store.create_json("prompts/set/manifest.json", {"shards": shards})
+
+
+def handle(prompts: int) -> Rewards:
+    counts = Counts(prompts, prompts)
+    completions = Completions(PromptSet("set", counts), SAMPLES, {"policy": GENERATOR}, counts)
+    return Rewards(completions, {"reward": SCORER}, counts)
+
+
+def stage(folder: Path, prompts: int) -> dict[str, Any]:
+    store = Store(folder)
+    started = time.perf_counter()
+    table = pair(PairingConfig(), handle(prompts), store)
+    paired = time.perf_counter()
+    [taken] = subset(SubsetConfig(name="top", steps=[RankStep(rank="pvar", fraction=0.1)]), table, store)
+    ended = time.perf_counter()
+    assert taken.counts.out == round(table.counts.out * 0.1)
+    return {"pair_seconds": paired - started, "subset_seconds": ended - paired, "seconds": ended - started}
+
+
+def vectorised(folder: Path, prompts: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    store, found = Store(folder), []
+    for path in store.list("rewards"):
+        lists = pq.read_table(store.full(path), columns=["rewards"], partitioning=None)["rewards"].combine_chunks()
+        found.append(pvar(lists.flatten().to_numpy().reshape(-1, SAMPLES)))
+    values = np.concatenate(found)
+    top = np.argpartition(values, -(len(values) // 10))[-(len(values) // 10) :]
+    seconds = time.perf_counter() - started
+    assert len(values) == prompts and len(top) == prompts // 10
+    return {"seconds": seconds}
+
+
+def all_columns(folder: Path, prompts: int) -> dict[str, Any]:
+    """As `vectorised`, but reading every column that the stages read."""
+    started = time.perf_counter()
+    store = Store(folder)
+    for path in store.list("completions"):
+        pq.read_table(store.full(path), columns=["text_digests", "tokens"], partitioning=None)
+    for path in store.list("prompts/shards"):
+        pq.read_table(store.full(path), columns=["prompt_id", "source"], partitioning=None)
+    return {"seconds": time.perf_counter() - started + vectorised(folder, prompts)["seconds"]}
+
+
+def python(folder: Path, prompts: int) -> dict[str, Any]:
+    import math
+
+    store = Store(folder)
+    rows = store.read_table(store.list("rewards")[0], ["rewards"])["rewards"].slice(0, 20_000).to_pylist()
+    started = time.perf_counter()
+    for rewards in rows:
+        n, total = len(rewards), 0.0
+        for i in range(n):
+            for j in range(i + 1, n):
+                total += (1 / (1 + math.exp(rewards[j] - rewards[i])) - 0.5) ** 2
+        assert 0 <= 2 * total / (n * (n - 1)) <= 0.25
+    return {"seconds": (time.perf_counter() - started) * prompts / len(rows), "measured_on": len(rows)}
+
+
+def measured(work: Callable[[Path, int], dict[str, Any]], folder: Path, prompts: int) -> dict[str, Any]:
+    """In a fresh process: seconds and peak resident memory, its own imports included."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (work, folder, prompts))
+
+
+def _measured(work: Callable[[Path, int], dict[str, Any]], folder: Path, prompts: int) -> dict[str, Any]:
+    found = work(folder, prompts)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {name: round(value, 2) for name, value in {**found, "peak_gib": peak}.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=10_000_000)
+    parser.add_argument("--folder", type=Path, default=None, help="where to put the store, several GB")
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    sizes = [arguments.prompts // 10, arguments.prompts * 3 // 10, arguments.prompts]
+    runs = []
+    for prompts in sizes:
+        folder = Path(tempfile.mkdtemp(prefix="prefsieve-select-", dir=arguments.folder))
+        try:
+            build(folder, prompts)
+            run = {"prompts": prompts}
+            for work in (vectorised, all_columns, stage, python):
+                run[work.__name__] = measured(work, folder, prompts)
+            run["stage_over_vectorised"] = round(run["stage"]["seconds"] / run["vectorised"]["seconds"], 2)
+            run["stage_over_all_columns"] = round(run["stage"]["seconds"] / run["all_columns"]["seconds"], 2)
+            run["python_over_stage"] = round(run["python"]["seconds"] / run["stage"]["seconds"], 1)
+            runs.append(run)
+            print(json.dumps(run), file=sys.stderr)
+        finally:
+            shutil.rmtree(folder)
+    first, last = runs[0], runs[-1]
+    grown = (last["stage"]["seconds"] / first["stage"]["seconds"]) / (last["prompts"] / first["prompts"])
+    result = {"runs": runs, "seconds_over_linear": round(grown, 2), "machine": machine("numpy", "pyarrow")}
+    print(json.dumps(result, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
