@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tasks import models
-from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
-from tasks.errors import ConfigError
+from tasks.config import CurateConfig, EvaluateConfig, RunConfig, ScorerConfig, TrainConfig
+from tasks.errors import ConfigError, RunError
+from tasks.generate import missing_ranges
+from tasks.ingest import known_prompts, shards_of
+from tasks.records import Completions
+from tasks.score import files_to_rate, missing_rewards
 from tasks.sources import find_source
 from tasks.store import Store
 from tasks.versions import find_version
@@ -74,12 +78,41 @@ def _scorer(config: CurateConfig | EvaluateConfig, i: int, store: Store) -> Call
         if scorer.type == "function":
             models.load_function(scorer)
             return f"function in {models.function_source(scorer)}"
+        if scorer.type == "judge" and scorer.judge.mode == "pairwise" and config.generate.samples < 2:
+            raise ConfigError(f"score.scorers.{i}.judge.mode: pairwise needs generate.samples >= 2 to compare")
         _engine_installed(f"score.scorers.{i}.engine", scorer.engine)
         if scorer.engine == "fake":
             return "fake engine"
+        if scorer.engine == "openai":
+            return _endpoint(config, scorer, store)
         return f"{scorer.engine}, {models.identity(f'score.scorers.{i}.model', scorer, store)}"
 
     return find_out
+
+
+def _endpoint(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, store: Store) -> str:
+    """An endpoint that is gone is no fault where nothing is left to ask it."""
+    from tasks.engines.openai import served
+
+    try:
+        return f"openai, {served(scorer)}"
+    except (ConfigError, RunError):
+        if not _all_rated(config, scorer, store):
+            raise
+        return "openai, not there, and not needed: all is rated"
+
+
+def _all_rated(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, store: Store) -> bool:
+    prompts = known_prompts(config.ingest, store)
+    if prompts is None:
+        return False
+    fingerprints = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
+    shards = shards_of(store, prompts)
+    if any(missing_ranges(store, generator, shards, config.generate.samples) for generator in fingerprints.values()):
+        return False
+    completions = Completions(prompts, config.generate.samples, fingerprints, prompts.counts)
+    files = list(files_to_rate(completions, store))
+    return not missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)
 
 
 def _engine_installed(field: str, engine: str) -> None:

@@ -29,6 +29,8 @@ IN_FLIGHT = 3
 _blocks = 0  # of `disconnecting`, in each other
 _executors: dict[str, list[Any]] = {}  # Ray Data's, of the runs of pools that go on
 
+# Not the credentials: what stands in runtime_env can be read in Ray's metadata. Workers inherit those from the process
+# that starts Ray here, and from their node's environment on a cluster.
 _WORKER_ENVIRONMENT = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PREFSIEVE_STORE", "XDG_CACHE_HOME")
 
 

@@ -8,6 +8,7 @@ too: a wrong name must not cost GPU time.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,18 +104,103 @@ class GenerateConfig(Section):
         return self
 
 
+class DimensionConfig(Section):
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="snake_case; kept as the column dimension.NAME.")
+    description: str = Field(min_length=1, description="What the judge is to look at.")
+
+
+_RUBRIC = [  # the dimensions of arXiv 2604.08723; the wording is ours
+    DimensionConfig(
+        name="factuality", description="Are its claims true, as far as the prompt or common knowledge tell?"
+    ),
+    DimensionConfig(
+        name="strategy_coherence", description="Is there one sensible plan, kept to from beginning to end?"
+    ),
+    DimensionConfig(
+        name="step_coherence", description="Does each step follow from those before, without gaps or leaps?"
+    ),
+    DimensionConfig(
+        name="numerical_precision",
+        description="Are numbers, units and calculations right and exact? Where none are needed, rate highest.",
+    ),
+    DimensionConfig(name="signal_to_noise", description="How much of it serves the answer, not filler or repetition?"),
+]
+
+
+class JudgeConfig(Section):
+    """What a judge is asked, and the endpoint that answers. The second half does not change what is computed."""
+
+    mode: Literal["pointwise", "pairwise"] = Field(
+        "pointwise",
+        description="Rate each response alone, or compare the responses to a prompt by twos, in both orders.",
+    )
+    dimensions: list[DimensionConfig] = Field(
+        _RUBRIC, min_length=1, max_length=32, description="What is rated; pairwise, what the comparison goes by."
+    )
+    low: int = Field(1, ge=0, le=100, description="Lowest rating, pointwise.")
+    high: int = Field(5, ge=0, le=100, description="Highest rating, pointwise.")
+    instructions: str = Field("", description="Put before the rubric, for example what the prompts are about.")
+    max_tokens: int = Field(256, ge=1, description="Longest reply in tokens, thinking included.")
+    temperature: float = Field(0.0, ge=0, le=10, description="0 is greedy.")
+
+    base_url: str = Field("", description="OpenAI-compatible endpoint, engine openai, such as http://HOST:8000/v1.")
+    api_key_env: str = Field("", description="NAME of the environment variable with the key; empty sends none.")
+    timeout: float = Field(120, gt=0, le=3600, description="Seconds for one reply.")
+    retries: int = Field(5, ge=0, le=100, description="Further tries after 429, 5xx, time-outs and lost connections.")
+    concurrency: int = Field(16, ge=1, le=1000, description="Requests at once, per worker.")
+
+    @model_validator(mode="after")
+    def _rubric_and_endpoint(self) -> JudgeConfig:
+        _unique("judge: dimensions", [dimension.name for dimension in self.dimensions])
+        if self.low >= self.high:
+            raise ValueError(f"judge: low {self.low} must be below high {self.high}")
+        if self.base_url and not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", self.base_url):
+            raise ValueError(
+                "judge: base_url is no http:// or https:// URL, or holds a password; name the key in api_key_env"
+            )
+        if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", self.api_key_env):  # the value may be a key: do not show it
+            raise ValueError(
+                "judge: api_key_env is the NAME of an environment variable, such as JUDGE_API_KEY, not a key"
+            )
+        return self
+
+
 class ScorerConfig(ModelConfig):
     name: Name = Field(description="Your name for it, used by pairings and reports.")
-    type: Literal["reward_model", "function"] = Field("reward_model", description="A model's logit, or your function.")
-    engine: Literal["transformers", "vllm", "fake"] = Field("transformers", description="Runs the reward model.")
+    type: Literal["reward_model", "function", "judge"] = Field(
+        "reward_model", description="A model's logit, your function, or a language model's ratings."
+    )
+    engine: Literal["transformers", "vllm", "openai", "fake"] = Field(
+        "transformers", description="Runs the model. A judge's is openai where it has a base_url, else vllm."
+    )
     function: str = Field("", description="package.module:name or path/to/file.py:name, called as f(prompt, text).")
+    judge: JudgeConfig = Field(JudgeConfig(), description="What a judge is asked, type judge only.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_of_a_judge(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "judge" and "engine" not in values:
+            judge = values.get("judge")
+            url = judge.get("base_url") if isinstance(judge, dict) else getattr(judge, "base_url", "")
+            return {**values, "engine": "openai" if url else "vllm"}
+        return values
 
     @model_validator(mode="after")
     def _has_its_part(self) -> ScorerConfig:
+        where = f"scorer {self.name!r}"
         if self.type == "function" and ":" not in self.function:
-            raise ValueError(f"scorer {self.name!r}: type function needs `function`, such as checks/answers.py:score")
-        if self.type == "reward_model" and self.engine != "fake" and not self.model:
-            raise ValueError(f"scorer {self.name!r}: type reward_model needs `model`: a folder or a hub name")
+            raise ValueError(f"{where}: type function needs `function`, such as checks/answers.py:score")
+        if self.type == "reward_model" and self.engine == "openai":
+            raise ValueError(f"{where}: engine openai is for type judge; a reward_model runs on transformers or vllm")
+        if self.type == "judge" and self.engine == "transformers":
+            raise ValueError(f"{where}: engine transformers cannot hold a judge to its rubric; use openai or vllm")
+        if self.type != "function" and self.engine != "fake" and not self.model:
+            wanted = "the name the endpoint serves it by" if self.engine == "openai" else "a folder or a hub name"
+            raise ValueError(f"{where}: type {self.type} needs `model`: {wanted}")
+        if self.type == "judge" and self.engine == "openai" and not self.judge.base_url:
+            raise ValueError(f"{where}: engine openai needs `judge.base_url`, such as http://127.0.0.1:8000/v1")
+        if self.type == "judge" and self.engine != "openai" and self.judge.base_url:
+            raise ValueError(f"{where}: judge.base_url is for engine openai, not {self.engine}; remove one of them")
         return self
 
 

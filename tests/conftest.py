@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ os.environ.update(
         "HYPOTHESIS_STORAGE_DIRECTORY": f"{_SESSION_FOLDER.name}/hypothesis",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",  # threads of tiny models only wait for each other
+        "JUDGE_KEY": secrets.token_hex(16),  # before Ray starts: its workers inherit it
     }
 )
 
