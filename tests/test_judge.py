@@ -34,7 +34,7 @@ from tasks.selection.roundrobin import win_shares
 from tasks.store import Store
 from tests.conftest import copy_store, curate_config, files_below, prompts, write_jsonl
 from tests.services import JudgeEndpoint, free_ports, judge_endpoint
-from tests.test_score import with_files
+from tests.test_score import score_in_process, with_files
 
 POINTWISE, PAIRWISE = JudgeConfig(), JudgeConfig(mode="pairwise")
 NAMES = ["factuality", "strategy_coherence", "step_coherence", "numerical_precision", "signal_to_noise"]
@@ -297,19 +297,12 @@ def test_ratings_arrive_per_dimension_and_a_rerun_asks_nothing(local_ray: Any, a
     assert body["response_format"]["json_schema"]["schema"] == rubric.schema(POINTWISE)
     assert len({request["seed"] for request in endpoint.asked}) == different
     assert KEY.encode() not in all_files(store)
-    table = pair(PairingConfig(), rewards, store)
-    assert table.counts.into == 12
-
-
-def test_the_key_reaches_workers_without_ray_writing_it_down(local_ray: Any, answered: Any) -> None:
-    completions, store = answered
-    with judge_endpoint(rating, key=KEY) as endpoint:
-        score(ScoreConfig(scorers=[judge(endpoint)]), completions, store)
     session = Path(local_ray._private.worker._global_node.get_session_dir_path())
     written = [file for file in session.rglob("*") if file.is_file()]
-    assert len(written) > 5
-    assert not [file for file in written if KEY.encode() in file.read_bytes()]
+    assert len(written) > 5 and not [file for file in written if KEY.encode() in file.read_bytes()]
     assert KEY not in str(local_ray.get_runtime_context().runtime_env)
+    table = pair(PairingConfig(), rewards, store)
+    assert table.counts.into == 12
 
 
 def test_what_passes_is_tried_again_and_what_cannot_be_read_is_asked_once_more(local_ray: Any, answered: Any) -> None:
@@ -442,15 +435,15 @@ def test_a_wrong_key_or_model_ends_the_run_at_once(local_ray: Any, answered: Any
 # --- pairwise
 
 
-def test_a_judge_that_prefers_the_first_place_makes_ties_without_consistency(local_ray: Any, answered: Any) -> None:
+def test_a_judge_that_prefers_the_first_place_makes_ties_without_consistency(answered: Any) -> None:
     completions, store = answered
     with judge_endpoint(lambda data, before: '{"verdict": "A"}', key=KEY) as endpoint:
         config = judge(endpoint, mode="pairwise")
-        rewards = score(ScoreConfig(scorers=[config]), completions, store)
+        counts = score_in_process(config, completions, store)
         shown = [(data["A"], data["B"]) for data in endpoint.data()]
     rows = rows_of(config, completions, store)
     expected = sum(n * (n - 1) for n in (len(set(row["texts"])) for row in rows))
-    assert len(shown) == expected == rewards.work.requests
+    assert len(shown) == expected == sum(count["requests"] for count in counts)
     assert Counter(shown) == Counter((b, a) for a, b in shown), "not both orders"
     assert all(a != b for a, b in shown)
     for row in rows:
@@ -459,7 +452,7 @@ def test_a_judge_that_prefers_the_first_place_makes_ties_without_consistency(loc
             assert row["dimension.position_consistency"] == [0.0] * 4
 
 
-def test_a_consistent_judge_orders_samples_by_what_it_prefers(local_ray: Any, answered: Any) -> None:
+def test_a_consistent_judge_orders_samples_by_what_it_prefers(answered: Any) -> None:
     completions, store = answered
 
     def longer(data: dict[str, Any], before: int) -> Any:
@@ -470,7 +463,8 @@ def test_a_consistent_judge_orders_samples_by_what_it_prefers(local_ray: Any, an
 
     with judge_endpoint(longer, key=KEY) as endpoint:
         config = judge(endpoint, mode="pairwise")
-        rewards = score(ScoreConfig(scorers=[config], max_missing=0.1), completions, store)
+        score_in_process(config, completions, store)
+    rewards = score(ScoreConfig(scorers=[config], max_missing=0.1), completions, store)  # all there: nothing starts
     assert rewards.counts.dropped == {"judge: not readable": 4}
     for row in rows_of(config, completions, store):
         if row["rewards"][0] is None:
@@ -487,12 +481,13 @@ def test_a_consistent_judge_orders_samples_by_what_it_prefers(local_ray: Any, an
 
 
 @pytest.mark.parametrize("mode", ["pointwise", "pairwise"])
-def test_the_fake_judge_follows_the_numbers_of_the_fake_generator(local_ray: Any, answered: Any, mode: str) -> None:
+def test_the_fake_judge_follows_the_numbers_of_the_fake_generator(answered: Any, mode: str) -> None:
     completions, store = answered
     values = {"name": "judge", "type": "judge", "engine": "fake", "judge": {"mode": mode}}
     config = ScorerConfig.model_validate(values)
-    rewards = score(ScoreConfig(scorers=[config], max_missing=0), completions, store)
-    assert rewards.counts.out == 48 and rewards.work.tokens > 0
+    counts = score_in_process(config, completions, store)
+    rewards = score(ScoreConfig(scorers=[config], max_missing=0), completions, store)  # all there: nothing starts
+    assert rewards.counts.out == 48 and all(count["tokens"] for count in counts)
     quality, given_rewards = [], []
     for row in rows_of(config, completions, store):
         numbers = [float(text[1 : text.index("]")]) for text in row["texts"]]

@@ -25,7 +25,7 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, Omit, OpenAI, OpenAIError
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, Omit, OpenAI
 
 from tasks.config import ScorerConfig
 from tasks.engines import ChatRequest, Refused, Reply
@@ -136,6 +136,7 @@ class OpenAIJudge:
             "temperature": judge.temperature,
             "max_tokens": judge.max_tokens,
             "extra_body": self.config.engine_args or None,
+            "extra_headers": _headers(self.key),
         }
         async with asyncio.timeout(judge.timeout):
             completion: Any = await self.client.chat.completions.create(**question)
@@ -169,23 +170,25 @@ def served(config: ScorerConfig) -> str:
     key = api_key(config)
     with OpenAI(**_connection(config, key), timeout=min(config.judge.timeout, 20)) as client:
         try:
-            found: Any = client.models.list()
-            names = sorted(model.id for model in found.data)
+            found: Any = client.models.list(extra_headers=_headers(key))
+            names = sorted(model.id for model in getattr(found, "data", None) or [])
         except APIStatusError as error:
             if error.status_code in (401, 403):
                 raise ConfigError(f"{where}: {error.status_code}: {_MISTAKES[error.status_code]}") from error
             if error.status_code >= 500 or error.status_code in _LATER:
                 raise Unreachable(f"{where}: {said(error, key)}; see to the endpoint") from error
-            return "reached; it does not list its models"
+            names = []
         except APIConnectionError as error:
             raise Unreachable(
                 f"{where}: cannot be reached: {said(error, key)}; check it, or start the server"
             ) from error
-        except (OpenAIError, AttributeError, TypeError, ValueError):  # some other server answers there, in its own way
-            return "reached; it does not list its models"
+        except (APIError, ValueError):  # it answers in a way of its own
+            names = []
+    if not names:
+        return "reached; it does not list its models"
     if config.model not in names:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise ConfigError(f"{where}: does not serve model {config.model!r} but {some or 'none'}; check `model`")
+        raise ConfigError(f"{where}: does not serve model {config.model!r} but {some}; check `model`")
     return f"serves {config.model}"
 
 
@@ -200,13 +203,12 @@ def said(fault: Exception, key: str) -> str:
 
 
 def _connection(config: ScorerConfig, key: str) -> dict[str, Any]:
-    """The library would take OPENAI_API_KEY where no key is given, and send it to whatever endpoint this is."""
-    return {
-        "base_url": config.judge.base_url,
-        "api_key": key or "none",
-        "max_retries": 0,
-        "default_headers": {} if key else {"Authorization": Omit()},
-    }
+    """Without `api_key` the library would take OPENAI_API_KEY, and send it to whatever endpoint this is."""
+    return {"base_url": config.judge.base_url, "api_key": key or "none", "max_retries": 0}
+
+
+def _headers(key: str) -> dict[str, Any]:
+    return {} if key else {"Authorization": Omit()}
 
 
 def _pause(fault: Exception, number: int) -> float:
