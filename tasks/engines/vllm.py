@@ -116,8 +116,7 @@ class VllmJudge(_VllmEngine):
             seed=request.seed,
             temperature=self.config.judge.temperature,
             max_tokens=self.config.judge.max_tokens,
-            # JSON may hold blanks without end, and a weak model fills a reply with them.
-            structured_outputs=StructuredOutputsParams(json=request.schema, disable_any_whitespace=True),
+            structured_outputs=StructuredOutputsParams(json=request.schema),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -141,6 +140,10 @@ def _arguments(config: ModelConfig, model: str, runner: str) -> dict[str, Any]:
         "max_model_len": config.max_model_len or None,
         "disable_log_stats": True,
     }
+    if isinstance(config, ScorerConfig) and config.type == "judge":
+        # JSON may hold blanks without end, and a weak model fills a reply with them. vLLM 0.32 reads this here alone:
+        # it ignores the field of the same name in StructuredOutputsParams.
+        arguments["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
     if current_platform.is_cpu():
         arguments["enforce_eager"] = True  # compiling pays off on large models only
         if runner == "generate":
