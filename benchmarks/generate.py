@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # not this folder: its `select` would stand for Python's own
 
-from benchmarks.machine import machine  # noqa: E402
-from examples.tinyworld.build import build  # noqa: E402
-from tasks.config import GenerateConfig, GeneratorConfig, IngestConfig  # noqa: E402
-from tasks.generate import prompt_seed  # noqa: E402
-from tasks.records import digest  # noqa: E402
+from benchmarks.machine import machine
+from examples.tinyworld.build import build
+from tasks.generate import prompt_seed
+from tasks.records import digest
+from tasks.sections import GenerateConfig, GeneratorConfig, IngestConfig
 
 MODEL_LENGTH = 64
 MAX_TOKENS = 16

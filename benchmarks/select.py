@@ -5,10 +5,10 @@
 Writes a store of random completions and rewards (8 samples of one generator per prompt, shards of 131,072 prompts, no
 texts), then measures, each in a process of its own:
 
-stage       the two stages as `prefsieve curate` runs them: every prompt's PVar with its error, pair and metrics, and the
-            list of the top 10 % by PVar; with and without reading the store's files from the page cache
-vectorised  the least that any program must do: read the same columns of the same files, and compute PVar of all prompts
-            in one loop over vectorised NumPy
+stage       the two stages as `prefsieve curate` runs them: every prompt's PVar with its error, pair and metrics, and
+            the list of the top 10 % by PVar
+vectorised  the least that any program must do: read the same rewards, and compute PVar of all prompts in one loop over
+            vectorised NumPy
 python      PVar of a hundred-thousandth of the prompts in Python, prompt by prompt, taken up to all of them
 
 Prints seconds, peak memory and the ratios as JSON. Sizes from a tenth up to the whole show whether time is linear.
@@ -51,7 +51,7 @@ GENERATOR, SCORER = "generator", "scorer"
 
 
 def build(folder: Path, prompts: int) -> None:
-    """A store with prompts, completions (without texts) and rewards; prompts differ in how much their rewards differ."""
+    """A store with prompts, completions (without texts) and rewards that differ more for some prompts than others."""
     store, rng = Store(folder), np.random.default_rng(0)
     shards = []
     for number, first in enumerate(range(0, prompts, SHARD)):

@@ -8,18 +8,9 @@ from prefect import flow
 
 from flows import markdown, reporting, stages
 from tasks.cluster import disconnecting
-from tasks.config import (
-    CurateConfig,
-    EnsembleConfig,
-    GenerateConfig,
-    ImportConfig,
-    IngestConfig,
-    PairingConfig,
-    PublishConfig,
-    ScoreConfig,
-    SubsetConfig,
-)
+from tasks.config import CurateConfig, PairingConfig, PublishConfig, SubsetConfig
 from tasks.explain import overlap
+from tasks.sections import EnsembleConfig, GenerateConfig, ImportConfig, IngestConfig, ScoreConfig
 from tasks.store import Store
 
 _PAIR = [PairingConfig()]

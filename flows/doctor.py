@@ -13,7 +13,7 @@ from typing import Any
 
 from tasks import models
 from tasks.check import check, checks
-from tasks.config import CurateConfig, EvaluateConfig, GenerateConfig, RunConfig, ScorerConfig, TrainConfig
+from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.drafts import Drafts
 from tasks.errors import ConfigError, RunError
 from tasks.explain import explain, overlap
@@ -23,6 +23,7 @@ from tasks.ingest import known_prompts, shards_of
 from tasks.pair import pair
 from tasks.records import Completions, Counts, PromptSet, Rewards
 from tasks.score import files_to_rate, missing_rewards
+from tasks.sections import GenerateConfig, ScorerConfig
 from tasks.store import Store
 from tasks.subset import subset
 from tasks.train import find_training

@@ -8,7 +8,8 @@ from prefect import flow
 
 from flows import markdown, reporting, stages
 from tasks.cluster import disconnecting
-from tasks.config import CompareConfig, EvaluateConfig, GenerateConfig, IngestConfig, ScoreConfig
+from tasks.config import CompareConfig, EvaluateConfig
+from tasks.sections import GenerateConfig, IngestConfig, ScoreConfig
 from tasks.store import Store
 
 _COMPARE = CompareConfig()

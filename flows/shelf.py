@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from tasks import imports
 from tasks.card import selection_words
-from tasks.config import CurateConfig, ImportConfig
+from tasks.config import CurateConfig
 from tasks.progress import Progress
 from tasks.records import Counts, Version
+from tasks.sections import ImportConfig
 from tasks.store import Store
 from tasks.versions import damage, find_version, list_versions, locate, read_manifest
 

@@ -22,19 +22,10 @@ import tasks.score
 import tasks.subset
 import tasks.train
 from flows.reporting import progress_artifact
-from tasks.config import (
-    CompareConfig,
-    CurateConfig,
-    GenerateConfig,
-    ImportConfig,
-    IngestConfig,
-    RunConfig,
-    ScoreConfig,
-    SubsetConfig,
-    TrainConfig,
-)
+from tasks.config import CompareConfig, CurateConfig, RunConfig, SubsetConfig, TrainConfig
 from tasks.errors import is_network_fault
 from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version
+from tasks.sections import GenerateConfig, ImportConfig, IngestConfig, ScoreConfig
 from tasks.store import Store
 
 

@@ -72,14 +72,17 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy(values)
     if store := values.get("store") or os.environ.get("PREFSIEVE_STORE"):
         values["store"] = _absolute(store, always=True)
-    if "source" in values.get("ingest", {}):
-        values["ingest"]["source"] = _absolute(values["ingest"]["source"])
+    for section in (values.get("ingest"), values.get("import")):
+        if section and "source" in section:
+            section["source"] = _absolute(section["source"])
+        if section and section.get("tokenizer"):
+            section["tokenizer"] = _absolute(section["tokenizer"])
     for model in [
         *values.get("generate", {}).get("generators", []),
         *values.get("score", {}).get("scorers", []),
         values.get("policy", {}),
     ]:
-        if model.get("model"):
+        if model.get("model") and not model.get("judge", {}).get("base_url"):  # an endpoint's model is its own affair
             model["model"] = _absolute(model["model"])
         file, colon, function = model.get("function", "").rpartition(":")
         if file.endswith(".py"):

@@ -7,17 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tasks import models
-from tasks.config import (
-    CurateConfig,
-    EvaluateConfig,
-    GeneratorConfig,
-    ImportConfig,
-    RunConfig,
-    ScorerConfig,
-    TrainConfig,
-)
-from tasks.errors import ConfigError
-from tasks.imports import preview
+from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.errors import ConfigError, RunError
+from tasks.generate import missing_ranges
+from tasks.imports import known_import, preview
+from tasks.ingest import known_prompts, shards_of
+from tasks.records import Completions
+from tasks.score import files_to_rate, missing_rewards
+from tasks.sections import GeneratorConfig, ImportConfig, ScorerConfig
 from tasks.sources import find_source
 from tasks.store import Store
 from tasks.versions import find_version
@@ -47,7 +44,7 @@ def checks(config: RunConfig, probe: bool = True) -> Iterator[Check]:
         for i, generator in enumerate(config.generate.generators if config.generate else []):
             yield f"generator {generator.name}", _generator(generator, f"generate.generators.{i}", store)
         for i, scorer in enumerate(config.score.scorers if config.score else []):
-            yield f"scorer {scorer.name}", _scorer(scorer, f"score.scorers.{i}", store)
+            yield f"scorer {scorer.name}", _scorer(config, scorer, f"score.scorers.{i}", store)
         yield "models and functions", lambda: _distinct(config, store)
 
 
@@ -85,7 +82,7 @@ def _generator(generator: GeneratorConfig, field: str, store: Store) -> Callable
     return find_out
 
 
-def _scorer(scorer: ScorerConfig, field: str, store: Store) -> Callable[[], str]:
+def _scorer(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, field: str, store: Store) -> Callable[[], str]:
     def find_out() -> str:
         if scorer.type == "function":
             models.load_function(scorer)
@@ -93,9 +90,47 @@ def _scorer(scorer: ScorerConfig, field: str, store: Store) -> Callable[[], str]
         _engine_installed(f"{field}.engine", scorer.engine)
         if scorer.engine == "fake":
             return "fake engine"
+        if scorer.engine == "openai":
+            return _endpoint(config, scorer, store)
         return f"{scorer.engine}, {models.identity(f'{field}.model', scorer, store)}"
 
     return find_out
+
+
+def _endpoint(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, store: Store) -> str:
+    """An endpoint that is gone is no fault where nothing is left to ask it."""
+    from tasks.engines.openai import served
+
+    try:
+        return f"openai, {served(scorer)}"
+    except (ConfigError, RunError):
+        if not _all_rated(config, scorer, store):
+            raise
+        return "openai, not there, and not needed: all is rated"
+
+
+def _all_rated(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, store: Store) -> bool:
+    completions = _known_completions(config, store)
+    if completions is None:
+        return False
+    files = list(files_to_rate(completions, store))
+    return not missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)
+
+
+def _known_completions(config: CurateConfig | EvaluateConfig, store: Store) -> Completions | None:
+    """What a run would score, when it is all there."""
+    if isinstance(config, CurateConfig) and config.import_:
+        known = known_import(config.import_, store)
+        return known.completions if known else None
+    assert config.ingest and config.generate
+    prompts = known_prompts(config.ingest, store)
+    if prompts is None:
+        return None
+    fingerprints = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
+    shards = shards_of(store, prompts)
+    if any(missing_ranges(store, generator, shards, config.generate.samples) for generator in fingerprints.values()):
+        return None
+    return Completions(prompts, config.generate.samples, fingerprints, prompts.counts)
 
 
 def _engine_installed(field: str, engine: str) -> None:

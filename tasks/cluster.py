@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.config import ModelConfig, PolicyConfig
+from tasks.config import PolicyConfig
 from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
+from tasks.sections import ModelConfig
 
 # Shards in flight per actor: one decodes, the next waits inside the engine, a third is read or written.
 IN_FLIGHT = 3
@@ -29,6 +30,8 @@ IN_FLIGHT = 3
 _blocks = 0  # of `disconnecting`, in each other
 _executors: dict[str, list[Any]] = {}  # Ray Data's, of the runs of pools that go on
 
+# Not the credentials: what stands in runtime_env can be read in Ray's metadata. Workers inherit those from the process
+# that starts Ray here, and from their node's environment on a cluster.
 _WORKER_ENVIRONMENT = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PREFSIEVE_STORE", "XDG_CACHE_HOME")
 
 

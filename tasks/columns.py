@@ -15,16 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tasks.config import EnsembleConfig
 from tasks.errors import ConfigError
 from tasks.generate import completions_path, covering, existing_ranges
-from tasks.records import Rewards
+from tasks.records import DIMENSION, Rewards
 from tasks.score import rewards_path
+from tasks.sections import EnsembleConfig
 from tasks.selection.delta import Moments, ensemble
 from tasks.selection.pairing import ABSENT
 from tasks.store import Store
-
-_DIMENSION = "dimension."  # before the name of a judge's dimension in a file of rewards
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ class Columns:
             yield name
             there = self.store.list(f"rewards/{fingerprint}")
             for column in self.store.columns(there[0]) if there else []:
-                if column.startswith(_DIMENSION):
-                    yield f"{name}:{column.removeprefix(_DIMENSION)}"
+                if column.startswith(DIMENSION):
+                    yield f"{name}:{column.removeprefix(DIMENSION)}"
 
     def read(self, shard: dict[str, Any], scorers: list[str] | None = None, texts: bool = True) -> ShardColumns:
         """scorers: those wanted, all by default; ensembles need `moments`. texts: also digests and lengths."""
@@ -122,7 +120,7 @@ class Columns:
             rewards = {}
             for scorer in scorers:
                 name, _, dimension = scorer.partition(":")
-                column = f"{_DIMENSION}{dimension}" if dimension else "rewards"
+                column = f"{DIMENSION}{dimension}" if dimension else "rewards"
                 path = rewards_path(self.rewards.scorers[name], fingerprint, places[name], (first, last))
                 values = dense(self.store.read_table(path, [column])[column], last - first, np.nan)
                 rewards[scorer] = (np.where(authors == ABSENT, np.nan, values) if self.imported else values)[:, part]

@@ -2,183 +2,29 @@
 
 The flows take these models as parameters, so Prefect's UI draws its form from the titles and descriptions here and
 validates with the same rules as the command line. Cross-references (which scorer a pairing ranks by) are checked here
-too: a wrong name must not cost GPU time.
+too: a wrong name must not cost GPU time. The sections about data and engines are in tasks/sections.py.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+from tasks.sections import (
+    EnsembleConfig,
+    GenerateConfig,
+    ImportConfig,
+    IngestConfig,
+    Name,
+    ScoreConfig,
+    Section,
+    unique,
+)
 
 DEFAULT_STORE = ".prefsieve/store"
-
-
-def _unique(where: str, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{where}: the name {twice[0]!r} is used twice; names must differ")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ColumnsConfig(Section):
-    prompt: str = Field("prompt", description="Column with the prompt: a text, or a list of chat messages.")
-    source: str = Field("source", description="Column that says where a row comes from. May be absent.")
-    keep: list[str] = Field([], description="Further columns, for function scorers and strata, such as the answer.")
-
-
-class SourceConfig(Section):
-    stage: ClassVar[str]
-
-    source: str = Field(description="File, folder, glob, s3:// URL, or data set name on the Hugging Face hub.")
-    format: Literal["auto", "jsonl", "json", "csv", "parquet", "disk", "hub"] = Field(
-        "auto", description="auto goes by the ending; disk is a save_to_disk folder; hub a data set name."
-    )
-    split: str = Field("train", description="Split to take, for disk and hub.")
-    limit: int = Field(0, ge=0, description="Take only the first rows; 0 takes all.")
-    max_chars: int = Field(100_000, ge=1, description="A longer prompt is quarantined.")
-    max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
-    shard_size: int = Field(
-        256, ge=1, description="Prompts per shard, the unit of work. What was cut smaller before stays so."
-    )
-
-
-class IngestConfig(SourceConfig):
-    stage: ClassVar[str] = "ingest"
-
-    columns: ColumnsConfig = Field(ColumnsConfig(), description="Which columns hold what.")
-
-
-class RatingConfig(Section):
-    """Ratings that came with the completions; they stand under their name as a scorer's rewards do."""
-
-    name: Name = Field(description="Your name for it, used by pairings and reports.")
-    column: str = Field("", description="Its column, or path.to.it in nested completions; empty takes the name.")
-    transform: Literal["none", "logit"] = Field("none", description="logit for probabilities: ln(p / (1 - p)).")
-    clip: float = Field(
-        0.0, ge=0, lt=0.5, description="Of logit: p is kept in [clip, 1 - clip]. At 0 a p of 0 or 1 is no rating."
-    )
-
-
-class ImportColumnsConfig(ColumnsConfig):
-    completions: str = Field("completions", description="Nested: a list of completions per row.")
-    generator: str = Field("generator", description="Who wrote a completion. May be absent.")
-    text: str = Field("text", description="The completion: a text or chat messages. Nested without completions: lists.")
-    chosen: str = Field("chosen", description="Pairs: the preferred completion, with or without its prompt.")
-    rejected: str = Field("rejected", description="Pairs: the other one.")
-    chosen_score: str = Field("score_chosen", description="Pairs: its score. May be absent.")
-    rejected_score: str = Field("score_rejected", description="Pairs: the other one's score. May be absent.")
-
-
-class ImportConfig(SourceConfig):
-    """Completions that exist already, rated or in pairs."""
-
-    stage: ClassVar[str] = "import"
-
-    form: Literal["auto", "long", "nested", "pairs"] = Field(
-        "auto", description="long: a row per completion; nested: lists in a row per prompt; auto goes by the columns."
-    )
-    columns: ImportColumnsConfig = Field(ImportColumnsConfig(), description="Which columns hold what.")
-    ratings: list[RatingConfig] = Field([], description="Columns with ratings. Pairs have their score columns.")
-    tokenizer: str = Field("", description="Folder or hub name that counts tokens; empty counts words and marks.")
-
-    @model_validator(mode="after")
-    def _unique_names(self) -> ImportConfig:
-        _unique("import.ratings", [rating.name for rating in self.ratings])
-        return self
-
-
-class ModelConfig(Section):
-    """A model, and the workers that hold it. Workers and their resources do not change what is computed."""
-
-    model: str = Field("", description="Folder, hub name, or policy:NAME[@VERSION] from the store.")
-    revision: str = Field("", description="Branch, tag or commit on the hub; empty for the default.")
-    dtype: Dtype = Field("auto", description="Numeric type of the weights.")
-    max_model_len: int = Field(0, ge=0, description="Longest sequence in tokens; 0 for the model's own.")
-    trust_remote_code: bool = Field(False, description="Run code that ships with the model. Only if you trust it.")
-    workers: int = Field(1, ge=1, le=1024, description="Engines at once.")
-    cpus: float = Field(1, ge=0, description="CPUs that Ray reserves per engine.")
-    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves per engine.")
-    batch_size: int = Field(64, ge=1, description="Sequences at once, transformers engine only.")
-    engine_args: dict[str, Any] = Field({}, description="Further arguments of the engine, for example vLLM's.")
-
-
-class SamplingConfig(Section):
-    temperature: float = Field(1.0, ge=0, le=10, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens of this total probability.")
-    top_k: int = Field(0, ge=0, description="0 keeps all tokens.")
-    max_tokens: int = Field(512, ge=1, description="Longest completion in tokens.")
-
-
-class GeneratorConfig(ModelConfig):
-    name: Name = Field(description="Your name for it, used by pairings and reports.")
-    engine: Literal["transformers", "vllm", "fake"] = Field("transformers", description="fake is for dry runs.")
-    system_prompt: str = Field("", description="Put before every prompt.")
-    sampling: SamplingConfig = Field(SamplingConfig(), description="How tokens are drawn.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Another seed gives other samples.")
-
-    @model_validator(mode="after")
-    def _has_model(self) -> GeneratorConfig:
-        if self.engine != "fake" and not self.model:
-            raise ValueError(f"generator {self.name!r}: engine {self.engine!r} needs `model`: a folder or a hub name")
-        return self
-
-
-class GenerateConfig(Section):
-    samples: int = Field(8, ge=1, le=1024, description="Completions per prompt and generator.")
-    generators: list[GeneratorConfig] = Field(min_length=1, description="One or more models that answer the prompts.")
-    max_refused: float = Field(0.1, ge=0, le=1, description="Stop when engines refuse a larger share of the prompts.")
-
-    @model_validator(mode="after")
-    def _unique_names(self) -> GenerateConfig:
-        _unique("generators", [generator.name for generator in self.generators])
-        for generator in self.generators:
-            if generator.engine == "vllm" and generator.sampling.temperature == 0 and self.samples > 1:
-                raise ValueError(
-                    f"generator {generator.name!r}: at temperature 0 all samples are equal, and vLLM refuses more than "
-                    "one; set samples: 1 or a temperature"
-                )
-        return self
-
-
-class ScorerConfig(ModelConfig):
-    name: Name = Field(description="Your name for it, used by pairings and reports.")
-    type: Literal["reward_model", "function"] = Field("reward_model", description="A model's logit, or your function.")
-    engine: Literal["transformers", "vllm", "fake"] = Field("transformers", description="Runs the reward model.")
-    function: str = Field("", description="package.module:name or path/to/file.py:name, called as f(prompt, text).")
-
-    @model_validator(mode="after")
-    def _has_its_part(self) -> ScorerConfig:
-        if self.type == "function" and ":" not in self.function:
-            raise ValueError(f"scorer {self.name!r}: type function needs `function`, such as checks/answers.py:score")
-        if self.type == "reward_model" and self.engine != "fake" and not self.model:
-            raise ValueError(f"scorer {self.name!r}: type reward_model needs `model`: a folder or a hub name")
-        return self
-
-
-class EnsembleConfig(Section):
-    """Mean of its members' rewards, each z-scored over all completions of a pairing."""
-
-    name: Name = Field(description="Your name for it, used by pairings and reports.")
-    members: list[str] = Field(min_length=2, description="Scorers: NAME, or NAME:DIMENSION of a judge.")
-
-
-class ScoreConfig(Section):
-    scorers: list[ScorerConfig] = Field(min_length=1, description="One or more sources of rewards.")
-    max_missing: float = Field(0.05, ge=0, le=1, description="Stop when a larger share of the rewards is not finite.")
-
-    @model_validator(mode="after")
-    def _unique_names(self) -> ScoreConfig:
-        _unique("scorers", [scorer.name for scorer in self.scorers])
-        return self
 
 
 class PairingConfig(Section):
@@ -204,7 +50,7 @@ class PairingConfig(Section):
             raise ValueError(f"pairing {self.name!r}: generator_delta needs `generators: [stronger, weaker]`")
         if self.reward_scale != "auto" and self.reward_scale <= 0:
             raise ValueError(f"pairing {self.name!r}: reward_scale {self.reward_scale:g} must be above 0, or auto")
-        _unique(f"pairing {self.name!r}: generators", self.generators)
+        unique(f"pairing {self.name!r}: generators", self.generators)
         return self
 
 
@@ -374,9 +220,9 @@ class CurateConfig(RunConfig):
     @model_validator(mode="after")
     def _references(self) -> CurateConfig:
         scorers, pairings = self.scorers, [pairing.name for pairing in self.pair]
-        _unique("scorers, ratings and ensembles", scorers)
-        _unique("pair", pairings)
-        _unique("subset", [name for subset in self.subset for name in subset.names()])
+        unique("scorers, ratings and ensembles", scorers)
+        unique("pair", pairings)
+        unique("subset", [name for subset in self.subset for name in subset.names()])
         for ensemble in self.ensembles:
             for member in ensemble.members:
                 singles = scorers[: len(scorers) - len(self.ensembles)]
@@ -402,6 +248,9 @@ class CurateConfig(RunConfig):
             _known(f"{where}: scorer", pairing.scorer.partition(":")[0], scorers)
         if not self.generate:
             return
+        for scorer in self.score.scorers if self.score else []:
+            if scorer.type == "judge" and scorer.judge.mode == "pairwise" and self.generate.samples < 2:
+                raise ValueError(f"scorer {scorer.name!r}: mode pairwise needs generate.samples >= 2 to compare")
         generators = [generator.name for generator in self.generate.generators]
         for name in pairing.generators:
             _known(f"{where}: generators", name, generators)

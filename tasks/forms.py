@@ -16,8 +16,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.config import ImportConfig, RatingConfig
 from tasks.prompts import check_unicode, prompt_row
+from tasks.sections import ImportConfig, RatingConfig
 from tasks.sources import BadRow
 
 CHOSEN, REJECTED = "chosen", "rejected"  # who wrote the sides of a pair

@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 
 from tasks import models
 from tasks.cluster import Pool, run_pools
-from tasks.config import GenerateConfig, GeneratorConfig
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.loop import EngineLoop, Refused
 from tasks.errors import RunError
 from tasks.ingest import read_shard, shards_of
 from tasks.progress import Meter, Report, silent
 from tasks.records import COMPLETIONS, Completions, Counts, PromptSet, Work, text_digest
+from tasks.sections import GenerateConfig, GeneratorConfig
 from tasks.store import Store
 
 Range = tuple[int, int]  # first sample, last sample + 1

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from tasks import models
-from tasks.config import ImportConfig, is_local_path
+from tasks.config import is_local_path
 from tasks.errors import ConfigError, RunError
 from tasks.forms import Understood, form_of, ratings_of, understand
 from tasks.generate import completions_path
@@ -41,6 +41,7 @@ from tasks.records import (
     text_digest,
 )
 from tasks.score import rewards_path
+from tasks.sections import ImportConfig
 from tasks.sources import BadRow, read_rows
 from tasks.store import Store
 

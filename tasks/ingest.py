@@ -20,11 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.config import IngestConfig, SourceConfig
 from tasks.errors import ConfigError, RunError
 from tasks.progress import Meter, Report, silent
 from tasks.prompts import to_prompt
 from tasks.records import PROMPTS, QUARANTINE, SCHEMA_VERSION, Counts, PromptSet, Work, digest
+from tasks.sections import IngestConfig, SourceConfig
 from tasks.sources import BadRow, read_rows, source_digest
 from tasks.store import Store
 

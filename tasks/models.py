@@ -20,9 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tasks.config import GeneratorConfig, ScorerConfig, is_local_path
+from tasks import rubric
+from tasks.config import is_local_path
 from tasks.errors import ConfigError
 from tasks.records import SCHEMA_VERSION, digest
+from tasks.sections import GeneratorConfig, ScorerConfig
 from tasks.store import Store
 from tasks.versions import fetch_version, find_version
 
@@ -37,7 +39,7 @@ def pinned(field: str, config: Any, store: Store) -> Any:
     if getattr(config, "type", "") == "function":
         file, _, name = config.function.rpartition(":")
         return config.model_copy(update={"function": f"{Path(file).absolute()}:{name}"} if file.endswith(".py") else {})
-    if not config.model or getattr(config, "engine", "") == "fake":
+    if not config.model or getattr(config, "engine", "") in ("fake", "openai"):
         return config
     if config.model.startswith(POLICY):
         return config.model_copy(update={"model": f"{POLICY}{identity(field, config, store)}"})
@@ -64,10 +66,20 @@ def generator_facts(config: GeneratorConfig, store: Store) -> dict[str, Any]:
 
 def scorer_facts(config: ScorerConfig, store: Store) -> dict[str, Any]:
     """All that decides a scorer's rewards. Of a function: its name and its own file, not what that imports."""
-    about = {"schema": SCHEMA_VERSION, "stage": "score", "type": config.type}
+    about: dict[str, Any] = {"schema": SCHEMA_VERSION, "stage": "score", "type": config.type}
     if config.type == "function":
         code = hashlib.sha256(function_source(config).read_bytes()).hexdigest()
         return {**about, "function": config.function.rpartition(":")[2], "code": code}
+    if config.type == "judge":
+        about["judge"] = rubric.facts(config.judge)
+    if config.engine == "openai":  # what stands behind the name is the endpoint's affair; see rubric.facts
+        return {
+            **about,
+            "engine": config.engine,
+            "model": config.model,
+            "revision": config.revision,
+            "engine_args": config.engine_args,
+        }
     return {
         **about,
         "engine": config.engine,

@@ -23,11 +23,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks.columns import Columns, ShardColumns
-from tasks.config import EnsembleConfig, PairingConfig
+from tasks.config import PairingConfig
 from tasks.errors import ConfigError
 from tasks.ingest import read_shard, shards_of
 from tasks.progress import Meter, Report, silent
 from tasks.records import DROPS, PAIRS, SCHEMA_VERSION, Counts, Pairs, Rewards, Work, digest, with_scorers
+from tasks.sections import EnsembleConfig
 from tasks.selection import pairing
 from tasks.selection.agreement import agreement
 from tasks.selection.delta import GeneratorDelta, Moments

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tasks.config import ColumnsConfig, ImportConfig, IngestConfig
 from tasks.records import digest
+from tasks.sections import ColumnsConfig, ImportConfig, IngestConfig
 from tasks.sources import BadRow
 
 _ROLES = {"system", "user", "assistant", "tool"}

@@ -58,6 +58,14 @@ REWARDS = pa.schema(
     ]
 )
 
+DIMENSION = "dimension."  # a judge's rewards have a column of this name for each dimension, aligned with `rewards`
+
+
+def rewards_schema(dimensions: Sequence[str] = ()) -> pa.Schema:
+    """REWARDS, and a column of numbers per dimension: null where there is no reward."""
+    return pa.schema([*REWARDS, *((DIMENSION + name, pa.list_(pa.float64())) for name in dimensions)])
+
+
 NAME = pa.dictionary(pa.int32(), pa.string())  # one of few
 
 PAIRS = pa.schema(
@@ -173,9 +181,9 @@ class Work:
     shards_made: int = 0
     shards_reused: int = 0
     engine_starts: int = 0
-    requests: int = 0  # calls into an engine: one per prompt (generate) or different completion (score)
+    requests: int = 0  # calls into an engine: one per prompt (generate) or different completion (score), more by judges
     samples: int = 0
-    tokens: int = 0
+    tokens: int = 0  # of completions (generate), of judges' prompts and replies (score)
     seconds: float = 0.0  # of the stage, on the clock
     engine_seconds: float = 0.0  # from the first engine being ready to the last shard being stored
 

@@ -1,8 +1,8 @@
 """score: one reward per completion and scorer.
 
-A file of rewards lies beside each file of completions, aligned with it row by row. Reward models run in pools of actors
-with one engine each; functions run in a pool of plain actors. Where a scorer gives no finite number there is a null and
-its reason, never a made-up reward.
+A file of rewards lies beside each file of completions, aligned with it row by row. Reward models and judges run in
+pools of actors with one engine each; functions run in a pool of plain actors. Where a scorer gives no finite number
+there is a null and its reason, never a made-up reward. A judge's ratings are kept per dimension too.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks import models
+from tasks import models, rubric
 from tasks.cluster import Pool, run_pools
-from tasks.config import ScoreConfig, ScorerConfig
-from tasks.engines import ScoringRequest, reward_engine
-from tasks.engines.loop import EngineLoop, Refused
+from tasks.engines import Refused, ScoringRequest, judge_engine, reward_engine
+from tasks.engines.loop import EngineLoop
 from tasks.errors import RunError
 from tasks.generate import Range, completions_path, covering, existing_ranges
 from tasks.ingest import read_shard, shards_of
+from tasks.judge import ENDPOINT, JUDGE, Judge, Rating
 from tasks.progress import Meter, Report, silent
-from tasks.records import REWARDS, Completions, Counts, Prompt, Rewards, Work
+from tasks.records import DIMENSION, Completions, Counts, Prompt, Rewards, Work, rewards_schema
+from tasks.sections import ScoreConfig, ScorerConfig
 from tasks.store import Store
 
 _RAISED = "function raised"
+
+Outcome = float | Rating | str  # a reward, a judge's with its dimensions, or why there is none
 
 
 class TooManyMissing(RunError):
@@ -56,10 +59,11 @@ def score(
     totals: Counter[str] = Counter()
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
-        totals.update({key: counts[key] for key in ("requests", "samples", "engine_starts")})
+        totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
         totals[f"missing from {name}"] += counts["missing"]
         _check_missing(config, name, totals[f"missing from {name}"], in_files, counts["example"])
-        meter.add(counts["finished"])
+        note = f"{totals['tokens'] / meter.seconds:,.0f} tokens/s" if totals["tokens"] else ""
+        meter.add(counts["finished"], note)
 
     pools = [
         Pool(ScoreWorker, (s, fingerprints[s.name], store.url), missing[s.name], s, partial(on_done, s.name))
@@ -70,7 +74,7 @@ def score(
         engine_seconds = run_pools(pools, address)
         counts = _count(config, fingerprints, files, store)
     except TooManyMissing:
-        _forget_raised(scorers, fingerprints, files, store)
+        _forget(scorers, fingerprints, files, store)
         raise
     made = sum(map(len, missing.values()))
     work = Work(
@@ -79,6 +83,7 @@ def score(
         engine_starts=totals["engine_starts"],
         requests=totals["requests"],
         samples=totals["samples"],
+        tokens=totals["tokens"],
         seconds=time.monotonic() - started,
         engine_seconds=engine_seconds,
     )
@@ -86,13 +91,16 @@ def score(
 
 
 class ScoreWorker:
-    """Holds one reward model or function; makes one file of rewards per item."""
+    """Holds one reward model, judge or function; makes one file of rewards per item."""
 
     def __init__(self, config: ScorerConfig, fingerprint: str, store_url: str) -> None:
         self.store = Store(store_url)
         self.config, self.fingerprint = config, fingerprint
         if config.type == "function":
             self.function = models.load_function(config)
+        elif config.type == "judge":
+            model = config.model if config.engine == "openai" else models.local(config.model, self.store)
+            self.judge = Judge(config.judge, fingerprint, EngineLoop(judge_engine(config, model)))
         else:
             self.loop = EngineLoop(reward_engine(config, models.local(config.model, self.store)))
 
@@ -105,16 +113,22 @@ class ScoreWorker:
         # A reward is a function of prompt and text: equal texts of one prompt are asked for once.
         places = [(row, text) for row, row_texts in enumerate(texts) for text in row_texts]
         unique = list(dict.fromkeys(places))
-        ask = self._by_function if self.config.type == "function" else self._by_model
-        answers = dict(zip(unique, await ask(rows, unique), strict=True))
+        answers: dict[tuple[int, str], Outcome]
+        requests, tokens = len(unique), 0
+        if self.config.type == "judge":
+            answers, requests, tokens = await self.judge.rate(rows, texts)
+        else:
+            ask = self._by_function if self.config.type == "function" else self._by_model
+            answers = dict(zip(unique, await ask(rows, unique), strict=True))
         outcomes = [answers[place] for place in places]
-        table = _table([row["prompt_id"] for row in rows], texts, outcomes)
+        table = _table([row["prompt_id"] for row in rows], texts, outcomes, dimensions_of(self.config))
         path = _path(self.config, self.fingerprint, item)
         await asyncio.to_thread(self.store.create_table, path, table)
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         return {
-            "requests": len(unique),
+            "requests": requests,
             "samples": len(outcomes),
+            "tokens": tokens,
             "finished": item["samples"],  # with those of refused prompts, of which there are none
             "missing": len(reasons),
             "example": reasons[0] if reasons else "",
@@ -139,6 +153,11 @@ class ScoreWorker:
 def rewards_path(scorer: str, generator: str, rated: str, samples: Range) -> str:
     """rated: digest of what the scorer saw of the shard's prompts (see `_path`)."""
     return f"rewards/{scorer}/{generator}/{rated}.{samples[0]}-{samples[1]}.parquet"
+
+
+def dimensions_of(config: ScorerConfig) -> list[str]:
+    """Names of what a scorer keeps beside its rewards; a judge alone does."""
+    return rubric.dimensions(config.judge) if config.type == "judge" else []
 
 
 def files_to_rate(completions: Completions, store: Store) -> Iterator[dict[str, Any]]:
@@ -174,15 +193,17 @@ def _path(scorer: ScorerConfig, fingerprint: str, item: dict[str, Any]) -> str:
     return rewards_path(fingerprint, item["generator"], rated, (item["first"], item["last"]))
 
 
-def _forget_raised(
+def _forget(
     scorers: list[ScorerConfig], fingerprints: dict[str, str], files: list[dict[str, Any]], store: Store
 ) -> None:
-    """Have functions asked again where they raised: what they lacked may be there then. A model would say the same."""
+    """Have functions asked again where they raised, and endpoints where they gave no answer or refused: what was wrong
+    there may be mended then. A model would say the same."""
     for scorer in scorers:
-        there = set(store.list(f"rewards/{fingerprints[scorer.name]}")) if scorer.type == "function" else set()
+        passing = {"function": (_RAISED,), "judge": ENDPOINT}.get(scorer.type, ())
+        there = set(store.list(f"rewards/{fingerprints[scorer.name]}")) if passing else set()
         for path in {_path(scorer, fingerprints[scorer.name], item) for item in files} & there:
             reasons = store.read_table(path, ["reasons"])["reasons"].combine_chunks().flatten()
-            if any(reason.startswith(_RAISED) for reason in reasons.drop_null().to_pylist()):
+            if any(reason.startswith(passing) for reason in reasons.drop_null().to_pylist()):
                 store.remove(path)
 
 
@@ -190,16 +211,27 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else f"not finite: {value}"
 
 
-def _table(ids: list[str], texts: list[list[str]], outcomes: list[float | str]) -> pa.Table:
+def _table(ids: list[str], texts: list[list[str]], outcomes: list[Outcome], dimensions: list[str]) -> pa.Table:
     """Outcomes, in the order of the texts, as one row per prompt."""
     rows, start = [], 0
     for prompt_id, row_texts in zip(ids, texts, strict=True):
         mine = outcomes[start : start + len(row_texts)]
         start += len(row_texts)
-        rewards = [None if isinstance(outcome, str) else outcome for outcome in mine]
-        reasons = [outcome if isinstance(outcome, str) else None for outcome in mine]
-        rows.append({"prompt_id": prompt_id, "rewards": rewards, "reasons": reasons})
-    return pa.Table.from_pylist(rows, schema=REWARDS)
+        row: dict[str, Any] = {
+            "prompt_id": prompt_id,
+            "rewards": [_reward(outcome) for outcome in mine],
+            "reasons": [outcome if isinstance(outcome, str) else None for outcome in mine],
+        }
+        for name in dimensions:
+            row[DIMENSION + name] = [o.dimensions[name] if isinstance(o, Rating) else None for o in mine]
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=rewards_schema(dimensions))
+
+
+def _reward(outcome: Outcome) -> float | None:
+    if isinstance(outcome, Rating):
+        return outcome.reward
+    return None if isinstance(outcome, str) else outcome
 
 
 def _count(config: ScoreConfig, fingerprints: dict[str, str], files: list[dict[str, Any]], store: Store) -> Counts:
@@ -213,7 +245,7 @@ def _count(config: ScoreConfig, fingerprints: dict[str, str], files: list[dict[s
             reasons = pc.list_slice(column, item["wanted_from"], item["wanted_to"]).flatten()
             seen += len(reasons)
             for reason in reasons.drop_null().to_pylist():
-                dropped[f"{name}: {reason.split(':')[0]}"] += 1
+                dropped[f"{name}: {reason.removeprefix(JUDGE).split(':')[0]}"] += 1
                 mine, example = mine + 1, reason
         _check_missing(config, name, mine, seen, example)
         into += seen

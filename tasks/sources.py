@@ -25,8 +25,8 @@ import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.config import SourceConfig
 from tasks.errors import ConfigError, RunError
+from tasks.sections import SourceConfig
 
 _FORMATS = {
     ".jsonl": "jsonl",

@@ -3,8 +3,8 @@
 Any fsspec URL: a local folder or `s3://bucket/prefix` (credentials and endpoint from the usual AWS_* variables).
 A file appears whole or not at all, and what exists is never changed: `create` is a link of a finished local file, or
 one S3 put with If-None-Match. The first writer wins; the others see that it is there. Only `replace`, for the few
-pointers such as `latest.json`, overwrites, and only `remove`, for old checkpoints and for rewards of functions that
-failed, takes away.
+pointers such as `latest.json`, overwrites, and only `remove`, for old checkpoints and for rewards of functions and
+endpoints that failed, takes away.
 
     prompts/<set>/manifest.json                               shards of a prompt set
     prompts/shards/<shard>.parquet                            rows of one shard

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -31,18 +32,19 @@ os.environ.update(
         "HYPOTHESIS_STORAGE_DIRECTORY": f"{_SESSION_FOLDER.name}/hypothesis",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",  # threads of tiny models only wait for each other
+        "JUDGE_KEY": secrets.token_hex(16),  # before Ray starts: its workers inherit it
     }
 )
 
-import hypothesis  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
-from tasks.config import CurateConfig  # noqa: E402
-from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version  # noqa: E402
-from tasks.store import Store  # noqa: E402
-from tests.services import ROOT, prefect_server  # noqa: E402
+from tasks.config import CurateConfig
+from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version
+from tasks.store import Store
+from tests.services import ROOT, prefect_server
 
 hypothesis.settings.register_profile("fast", deadline=None, max_examples=60, database=None, derandomize=True)
 hypothesis.settings.load_profile("fast")

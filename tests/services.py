@@ -1,4 +1,5 @@
-"""Real services for tests, on loopback and in folders of their own: Prefect, SeaweedFS and a Ray head.
+"""Real services for tests, on loopback and in folders of their own: Prefect, SeaweedFS, a Ray head; and an endpoint for
+judges that says what a test wants.
 
 Each is a context manager that picks free ports, waits until the service answers, shows the tail of its log when it does
 not, and ends only the processes that it started. Environments are explicit: a service never sees the credentials or the
@@ -18,11 +19,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -224,6 +228,104 @@ def ray_head(folder: Path, cpus: int = 4, **extra: str) -> Iterator[RayHead]:
             yield head
     finally:
         shutil.rmtree(session, ignore_errors=True)
+
+
+# --- an OpenAI-compatible endpoint
+
+
+@dataclass
+class JudgeEndpoint:
+    """Chat completions over HTTP, as `answer(data, before)` says: the data to judge, and how often it was asked before.
+
+    A text is a reply; an int the status of an error, with headers where it is a pair; None is silence.
+    """
+
+    answer: Callable[[dict[str, Any], int], Any]
+    key: str = ""  # the one that is taken; empty takes any request
+    models: list[str] | None = field(default_factory=lambda: ["judge-1"])  # None: it does not list them
+    asked: list[dict[str, Any]] = field(default_factory=list)  # bodies of the requests
+    times: list[float] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)  # names in small letters
+    url: str = ""
+
+    def data(self) -> list[dict[str, Any]]:
+        """What was to be judged, in the order of the requests."""
+        return [json.loads(body["messages"][-1]["content"]) for body in self.asked]
+
+
+@contextlib.contextmanager
+def judge_endpoint(answer: Callable[[dict[str, Any], int], Any], **about: Any) -> Iterator[JudgeEndpoint]:
+    endpoint = JudgeEndpoint(answer, **about)
+    lock, over = threading.Lock(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            if not self._allowed():
+                self._say(401, {"error": {"message": f"wrong key {self.headers['Authorization']}"}})
+            elif endpoint.models is None:
+                self._say(404, {"error": {"message": "no such path"}})
+            else:
+                models = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in endpoint.models]
+                self._say(200, {"object": "list", "data": models})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            question = body["messages"][-1]
+            with lock:
+                before = sum(earlier["messages"][-1] == question for earlier in endpoint.asked)
+                endpoint.asked.append(body)
+                endpoint.times.append(time.monotonic())
+                endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
+            if not self._allowed():
+                self._say(401, {"error": {"message": f"wrong key {self.headers['Authorization']}"}})
+                return
+            said = endpoint.answer(json.loads(question["content"]), before)
+            if said is None:
+                over.wait(60)
+                self.close_connection = True
+            elif isinstance(said, str):
+                message = {"role": "assistant", "content": said}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+                about = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
+                self._say(200, {**about, "choices": [choice], "usage": usage})
+            else:
+                status, headers = said if isinstance(said, tuple) else (said, {})
+                self._say(status, {"error": {"message": f"status {status}, key {endpoint.key}"}}, headers)
+
+        def _allowed(self) -> bool:
+            return not endpoint.key or self.headers["Authorization"] == f"Bearer {endpoint.key}"
+
+        def _say(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+            raw = json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            pass  # a client that has hung up
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield endpoint
+        finally:
+            over.set()
+            server.shutdown()
 
 
 # --- processes

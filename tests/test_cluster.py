@@ -17,8 +17,8 @@ from aiohttp import ClientResponseError, ServerDisconnectedError
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from tasks.cluster import Pool, disconnecting, run_pools
-from tasks.config import GeneratorConfig
 from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
+from tasks.sections import GeneratorConfig
 
 ONE = GeneratorConfig(name="one", engine="fake")
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tasks.config import GenerateConfig, GeneratorConfig, IngestConfig, SamplingConfig
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.chat import prompt_ids, written
 from tasks.engines.loop import EngineLoop, Refused
@@ -33,6 +32,7 @@ from tasks.generate import (
 from tasks.ingest import ingest, read_shard, shards_of
 from tasks.models import facts_of, generator_fingerprint
 from tasks.records import COMPLETIONS, digest, text_digest
+from tasks.sections import GenerateConfig, GeneratorConfig, IngestConfig, SamplingConfig
 from tasks.store import Store
 from tests.conftest import Curated, TinyModels, copy_store, files_below, prompts, write_jsonl
 

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import python
 from tests.services import ROOT
 
-HEAVY = ("torch", "vllm", "ray", "transformers", "prefect", "trl", "datasets", "pandas")
+HEAVY = ("torch", "vllm", "ray", "transformers", "prefect", "trl", "datasets", "pandas", "openai")
 
 PROGRAMS = {
     "parsing every shipped configuration": """
@@ -44,8 +44,9 @@ with tempfile.TemporaryDirectory() as folder:
     list_subsets(store)
 """,
     "ingest, pair, subset and publish": "import tasks.ingest, tasks.pair, tasks.subset, tasks.publish",
+    "asking a judge": "import tasks.rubric, tasks.judge, tasks.score, tasks.check",
     "the fake engine": """
-from tasks.config import GeneratorConfig
+from tasks.sections import GeneratorConfig
 from tasks.engines import GenerationRequest, generator_engine
 engine = generator_engine(GeneratorConfig(name="g", engine="fake"), "")
 engine.add(0, GenerationRequest([{"role": "user", "content": "x"}], 0, 0, 1))

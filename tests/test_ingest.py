@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.config import IngestConfig
 from tasks.errors import ConfigError, RunError
 from tasks.ingest import ingest, read_shard, shards_of
 from tasks.records import PROMPTS, PromptSet, digest
+from tasks.sections import IngestConfig
 from tasks.store import Store
 from tests.conftest import files_below, prompts, python, write_jsonl
 
@@ -406,7 +406,7 @@ def test_two_stores_cut_the_same_source_alike(tmp_path: Path) -> None:
 
 PEAK = """
 import resource, sys
-from tasks.config import IngestConfig
+from tasks.sections import IngestConfig
 from tasks.ingest import ingest
 from tasks.store import Store
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.config import PairingConfig, ScorerConfig
+from tasks.config import PairingConfig
 from tasks.generate import completions_path, generate
 from tasks.ingest import ingest, shards_of
 from tasks.pair import pair
 from tasks.score import score
+from tasks.sections import ScorerConfig
 from tasks.store import Store
 from tests.conftest import Curated, copy_store, curate_stages, files_below, prompts, write_jsonl
 from tests.services import ROOT, environment

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.config import GenerateConfig, IngestConfig, ScoreConfig, ScorerConfig
 from tasks.engines import ScoringRequest, reward_engine
 from tasks.engines.chat import scored_ids
 from tasks.engines.loop import EngineLoop, Refused
@@ -24,6 +23,7 @@ from tasks.ingest import ingest, read_shard, shards_of
 from tasks.models import load_function, scorer_fingerprint
 from tasks.records import REWARDS, Completions
 from tasks.score import ScoreWorker, rewards_path, score
+from tasks.sections import GenerateConfig, IngestConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
 from tests.conftest import Curated, TinyModels, copy_store, files_below, prompts, scorer, write_jsonl
 

@@ -10,14 +10,26 @@ import pytest
 
 from examples.tinyworld.build import build
 from flows.demo import WORLD
-from tasks.config import GenerateConfig, GeneratorConfig, IngestConfig, PairingConfig, ScoreConfig, ScorerConfig
-from tasks.engines import Answer, GenerationRequest, ScoringRequest, reward_engine
+from tasks import rubric
+from tasks.config import PairingConfig
+from tasks.engines import (
+    Answer,
+    ChatRequest,
+    GenerationRequest,
+    Refused,
+    Reply,
+    ScoringRequest,
+    judge_engine,
+    reward_engine,
+)
 from tasks.engines.loop import EngineLoop
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.pair import Columns, pair
 from tasks.score import score
+from tasks.sections import GenerateConfig, GeneratorConfig, IngestConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
+from tests.conftest import CHAT_TEMPLATE
 from tests.services import ROOT
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -133,6 +145,68 @@ def test_the_reward_models_activation_is_off(world: Path) -> None:
         both.append(loop.submit(requests).result(timeout=180))
         loop.close()
     np.testing.assert_allclose(*both, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama that reads and writes bytes: all it says of its own accord is noise."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    folder = tmp_path_factory.mktemp("tiny-judge")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_judge_that_knows_nothing_answers_by_the_schema_all_the_same(tiny_judge: Path) -> None:
+    answers = ["cba", "", 'Good."} {"factuality": 5}', "é 漢 \x00", "x" * 5000]
+    config = ScorerConfig.model_validate(
+        {"name": "j", "type": "judge", "model": str(tiny_judge), "judge": {"temperature": 1.0}}
+    )
+    pairwise = config.judge.model_copy(update={"mode": "pairwise"})
+    rated = [
+        ChatRequest(rubric.rating_messages(config.judge, p, a), rubric.schema(config.judge), i)
+        for i, (p, a) in enumerate((p, a) for p in PROMPTS for a in answers)
+    ]
+    compared = [
+        ChatRequest(rubric.comparison_messages(pairwise, p, "x", "y"), rubric.schema(pairwise), i)
+        for i, p in enumerate(PROMPTS)
+    ]
+    loop = EngineLoop(judge_engine(config, config.model))
+    replies = loop.submit([*rated, *compared]).result(timeout=240)
+    again = loop.submit(rated[:4]).result(timeout=240)
+    loop.close()
+    assert again == replies[:4], "the seed is not used"
+    ratings = []
+    for reply, request in zip(replies[: len(rated)], rated, strict=True):
+        if len(request.messages[-1]["content"]) > 4096:
+            assert isinstance(reply, Refused) and reply.reason.startswith("too long: ")
+        else:
+            assert isinstance(reply, Reply) and reply.prompt_tokens > 500 and 50 < reply.tokens < 200
+            ratings.append(tuple(rubric.read_ratings(config.judge, reply.text).values()))
+    assert len(ratings) == 4 * len(PROMPTS) and len(set(ratings)) > 10
+    assert {rubric.read_verdict(reply.text) for reply in replies[len(rated) :]} <= {0.0, 0.5, 1.0}
 
 
 def _rewards(rewards: Any, scorer: str, prompts: Any, store: Store) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""Engines: the only modules that import vllm or transformers' generation.
+"""Engines: the only modules that import vllm, openai or transformers' generation.
 
 An engine takes requests at any time and gives answers as they come:
 
     add(key, request)        remember a request; ValueError when it can never be answered (then it is refused)
-    step() -> [(key, answer)]  work a little; the answers that became ready
+    step() -> [(key, answer)]  work a little; the answers that became ready, a Refused where it turned out later
     close()                  give memory back
 
 `generator_engine` answers GenerationRequest with Answer, `reward_engine` answers ScoringRequest with a float, the raw
-logit. tasks/engines/loop.py drives either kind.
+logit, `judge_engine` answers ChatRequest with Reply. tasks/engines/loop.py drives any kind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tasks.config import GeneratorConfig, ScorerConfig
+from tasks.sections import GeneratorConfig, ScorerConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,29 @@ class Answer:
 class ScoringRequest:
     messages: list[dict[str, str]]
     completion: str
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One question to a judge, to be answered by a JSON schema."""
+
+    messages: list[dict[str, str]]
+    schema: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    prompt_tokens: int  # 0 where an endpoint does not say
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """In place of an answer: why the engine cannot take this request."""
+
+    reason: str
 
 
 class Engine(Protocol):
@@ -84,3 +107,18 @@ def reward_engine(config: ScorerConfig, model: str) -> Engine:
     from tasks.engines.fake import FakeRewardModel
 
     return FakeRewardModel(config)
+
+
+def judge_engine(config: ScorerConfig, model: str) -> Engine:
+    """The engine a judge asks for. `model`: local folder or hub name, or what the endpoint calls it."""
+    if config.engine == "vllm":
+        from tasks.engines.vllm import VllmJudge
+
+        return VllmJudge(config, model)
+    if config.engine == "openai":
+        from tasks.engines.openai import OpenAIJudge
+
+        return OpenAIJudge(config)
+    from tasks.engines.fake import FakeJudge
+
+    return FakeJudge(config)

@@ -2,19 +2,20 @@
 
 Answers depend only on the generator's name, the prompt and the sample's seed, so a run that was killed and run again
 ends with the same digests. `engine_args: {quality: 1.0}` shifts a fake generator's rewards, `{nan: true}` makes a fake
-reward model return NaN.
+reward model return NaN. A fake judge goes by the same numbers as a fake reward model, with noise per dimension.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 import re
 from typing import Any
 
-from tasks.config import GeneratorConfig, ScorerConfig
-from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest
+from tasks.engines import Answer, ChatRequest, GenerationRequest, Reply, Sample, ScoringRequest
+from tasks.sections import GeneratorConfig, ScorerConfig
 
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "juniper", "kelp", "larch")
 
@@ -70,11 +71,48 @@ class FakeRewardModel:
     def _score(self, text: str) -> float:
         if self.config.engine_args.get("nan"):
             return math.nan
-        noise = 0.1 * _rng(self.config.name, text).gauss(0, 1)
-        written = re.match(r"\[(-?\d+(?:\.\d+)?)\]", text)
-        if written:
-            return float(written[1]) + noise
-        return 10 * noise
+        return _quality(self.config.name, text)
+
+
+class FakeJudge:
+    """Rates by the number in brackets, from the middle of the scale on; compares by it, close ones as ties."""
+
+    def __init__(self, config: ScorerConfig) -> None:
+        self.config = config
+        self.queue: list[tuple[int, ChatRequest]] = []
+
+    def add(self, key: int, request: ChatRequest) -> None:
+        self.queue.append((key, request))
+
+    def step(self) -> list[tuple[int, Reply]]:
+        done = [(key, self._reply(request)) for key, request in self.queue]
+        self.queue = []
+        return done
+
+    def close(self) -> None:
+        self.queue = []
+
+    def _reply(self, request: ChatRequest) -> Reply:
+        data = json.loads(request.messages[-1]["content"])
+        answer: dict[str, Any] = {}
+        for name, wanted in request.schema["properties"].items():
+            scale = wanted["enum"]
+            if wanted["type"] == "integer":
+                quality = _quality(f"{self.config.name} {name}", data["response"])
+                place = (len(scale) - 1) * (0.5 + 0.25 * quality)
+                answer[name] = scale[min(max(round(place), 0), len(scale) - 1)]
+            else:
+                ahead = _quality(self.config.name, data["A"]) - _quality(self.config.name, data["B"])
+                answer[name] = "tie" if abs(ahead) < 0.1 else "A" if ahead > 0 else "B"
+        words = sum(len(message["content"].split()) for message in request.messages)
+        return Reply(json.dumps(answer), words, 2 * len(answer))
+
+
+def _quality(judge: str, text: str) -> float:
+    """The number that a fake generator wrote in front, or a digest of any other text; with noise of the judge's own."""
+    noise = 0.1 * _rng(judge, text).gauss(0, 1)
+    written = re.match(r"\[(-?\d+(?:\.\d+)?)\]", text)
+    return float(written[1]) + noise if written else 10 * noise
 
 
 def _rng(*parts: Any) -> random.Random:

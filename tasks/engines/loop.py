@@ -13,14 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.engines import Engine
-
-
-@dataclass(frozen=True)
-class Refused:
-    """In place of an answer: why the engine cannot take this request."""
-
-    reason: str
+from tasks.engines import Engine, Refused
 
 
 @dataclass

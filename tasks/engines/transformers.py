@@ -21,10 +21,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tasks.config import GeneratorConfig, ModelConfig, SamplingConfig, ScorerConfig
 from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest
 from tasks.engines.chat import prompt_ids, scored_ids, written
 from tasks.errors import RunError
+from tasks.sections import GeneratorConfig, ModelConfig, SamplingConfig, ScorerConfig
 
 
 class TransformersGenerator:

@@ -19,12 +19,12 @@ from transformers import AutoConfig
 from vllm import LLM, PoolingParams, SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from tasks.config import GeneratorConfig, ModelConfig, ScorerConfig
-from tasks.engines import Answer, GenerationRequest, Sample, ScoringRequest
+from tasks.engines import Answer, ChatRequest, GenerationRequest, Reply, Sample, ScoringRequest
 from tasks.engines.chat import prompt_ids, scored_ids, written
 from tasks.errors import RunError
+from tasks.sections import GeneratorConfig, ModelConfig, ScorerConfig
 
 
 class _VllmEngine:
@@ -98,6 +98,39 @@ class VllmRewardModel(_VllmEngine):
         return [(_key(output), output.outputs.data[0].item()) for output in ready]
 
 
+class VllmJudge(_VllmEngine):
+    config: ScorerConfig
+
+    def __init__(self, config: ScorerConfig, model: str) -> None:
+        super().__init__(config, model, "generate")
+
+    def add(self, key: int, request: ChatRequest) -> None:
+        ids = prompt_ids(self.tokenizer, request.messages)
+        asked = self.config.judge.max_tokens
+        if len(ids) + asked > self.room:  # a reply that is cut cannot be read
+            raise ValueError(f"too long: {len(ids)} tokens and max_tokens {asked}, the judge takes {self.room}")
+        self.enter(key, ids, self.params(request))
+
+    def params(self, request: ChatRequest) -> SamplingParams:
+        return SamplingParams(
+            seed=request.seed,
+            temperature=self.config.judge.temperature,
+            max_tokens=self.config.judge.max_tokens,
+            structured_outputs=StructuredOutputsParams(json=request.schema),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def step(self) -> list[tuple[int, Reply]]:
+        ready: list[Any] = [output for output in self.engine.step() if output.finished]
+        return [(_key(output), self._reply(output)) for output in ready]
+
+    def _reply(self, output: Any) -> Reply:
+        [drawn] = output.outputs
+        text = written(self.tokenizer, list(drawn.token_ids), drawn.finish_reason)
+        return Reply(text, len(output.prompt_token_ids), len(drawn.token_ids))
+
+
 def _arguments(config: ModelConfig, model: str, runner: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "runner": runner,
@@ -107,6 +140,10 @@ def _arguments(config: ModelConfig, model: str, runner: str) -> dict[str, Any]:
         "max_model_len": config.max_model_len or None,
         "disable_log_stats": True,
     }
+    if isinstance(config, ScorerConfig) and config.type == "judge":
+        # JSON may hold blanks without end, and a weak model fills a reply with them. vLLM 0.32 reads this here alone:
+        # it ignores the field of the same name in StructuredOutputsParams.
+        arguments["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
     if current_platform.is_cpu():
         arguments["enforce_eager"] = True  # compiling pays off on large models only
         if runner == "generate":

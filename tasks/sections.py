@@ -1,0 +1,261 @@
+"""The configuration's sections about data and engines: what is read, which models answer, what rates the answers.
+
+tasks/config.py has the others and puts them together.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def unique(where: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{where}: the name {twice[0]!r} is used twice; names must differ")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ColumnsConfig(Section):
+    prompt: str = Field("prompt", description="Column with the prompt: a text, or a list of chat messages.")
+    source: str = Field("source", description="Column that says where a row comes from. May be absent.")
+    keep: list[str] = Field([], description="Further columns, for function scorers and strata, such as the answer.")
+
+
+class SourceConfig(Section):
+    stage: ClassVar[str]
+
+    source: str = Field(description="File, folder, glob, s3:// URL, or data set name on the Hugging Face hub.")
+    format: Literal["auto", "jsonl", "json", "csv", "parquet", "disk", "hub"] = Field(
+        "auto", description="auto goes by the ending; disk is a save_to_disk folder; hub a data set name."
+    )
+    split: str = Field("train", description="Split to take, for disk and hub.")
+    limit: int = Field(0, ge=0, description="Take only the first rows; 0 takes all.")
+    max_chars: int = Field(100_000, ge=1, description="A longer prompt is quarantined.")
+    max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
+    shard_size: int = Field(
+        256, ge=1, description="Prompts per shard, the unit of work. What was cut smaller before stays so."
+    )
+
+
+class IngestConfig(SourceConfig):
+    stage: ClassVar[str] = "ingest"
+
+    columns: ColumnsConfig = Field(ColumnsConfig(), description="Which columns hold what.")
+
+
+class RatingConfig(Section):
+    """Ratings that came with the completions; they stand under their name as a scorer's rewards do."""
+
+    name: Name = Field(description="Your name for it, used by pairings and reports.")
+    column: str = Field("", description="Its column, or path.to.it in nested completions; empty takes the name.")
+    transform: Literal["none", "logit"] = Field("none", description="logit for probabilities: ln(p / (1 - p)).")
+    clip: float = Field(
+        0.0, ge=0, lt=0.5, description="Of logit: p is kept in [clip, 1 - clip]. At 0 a p of 0 or 1 is no rating."
+    )
+
+
+class ImportColumnsConfig(ColumnsConfig):
+    completions: str = Field("completions", description="Nested: a list of completions per row.")
+    generator: str = Field("generator", description="Who wrote a completion. May be absent.")
+    text: str = Field("text", description="The completion: a text or chat messages. Nested without completions: lists.")
+    chosen: str = Field("chosen", description="Pairs: the preferred completion, with or without its prompt.")
+    rejected: str = Field("rejected", description="Pairs: the other one.")
+    chosen_score: str = Field("score_chosen", description="Pairs: its score. May be absent.")
+    rejected_score: str = Field("score_rejected", description="Pairs: the other one's score. May be absent.")
+
+
+class ImportConfig(SourceConfig):
+    """Completions that exist already, rated or in pairs."""
+
+    stage: ClassVar[str] = "import"
+
+    form: Literal["auto", "long", "nested", "pairs"] = Field(
+        "auto", description="long: a row per completion; nested: lists in a row per prompt; auto goes by the columns."
+    )
+    columns: ImportColumnsConfig = Field(ImportColumnsConfig(), description="Which columns hold what.")
+    ratings: list[RatingConfig] = Field([], description="Columns with ratings. Pairs have their score columns.")
+    tokenizer: str = Field("", description="Folder or hub name that counts tokens; empty counts words and marks.")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> ImportConfig:
+        unique("import.ratings", [rating.name for rating in self.ratings])
+        return self
+
+
+class ModelConfig(Section):
+    """A model, and the workers that hold it. Workers and their resources do not change what is computed."""
+
+    model: str = Field("", description="Folder, hub name, or policy:NAME[@VERSION] from the store.")
+    revision: str = Field("", description="Branch, tag or commit on the hub; empty for the default.")
+    dtype: Dtype = Field("auto", description="Numeric type of the weights.")
+    max_model_len: int = Field(0, ge=0, description="Longest sequence in tokens; 0 for the model's own.")
+    trust_remote_code: bool = Field(False, description="Run code that ships with the model. Only if you trust it.")
+    workers: int = Field(1, ge=1, le=1024, description="Engines at once.")
+    cpus: float = Field(1, ge=0, description="CPUs that Ray reserves per engine.")
+    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves per engine.")
+    batch_size: int = Field(64, ge=1, description="Sequences at once, transformers engine only.")
+    engine_args: dict[str, Any] = Field({}, description="Further arguments of the engine, for example vLLM's.")
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, ge=0, le=10, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens of this total probability.")
+    top_k: int = Field(0, ge=0, description="0 keeps all tokens.")
+    max_tokens: int = Field(512, ge=1, description="Longest completion in tokens.")
+
+
+class GeneratorConfig(ModelConfig):
+    name: Name = Field(description="Your name for it, used by pairings and reports.")
+    engine: Literal["transformers", "vllm", "fake"] = Field("transformers", description="fake is for dry runs.")
+    system_prompt: str = Field("", description="Put before every prompt.")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="How tokens are drawn.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Another seed gives other samples.")
+
+    @model_validator(mode="after")
+    def _has_model(self) -> GeneratorConfig:
+        if self.engine != "fake" and not self.model:
+            raise ValueError(f"generator {self.name!r}: engine {self.engine!r} needs `model`: a folder or a hub name")
+        return self
+
+
+class GenerateConfig(Section):
+    samples: int = Field(8, ge=1, le=1024, description="Completions per prompt and generator.")
+    generators: list[GeneratorConfig] = Field(min_length=1, description="One or more models that answer the prompts.")
+    max_refused: float = Field(0.1, ge=0, le=1, description="Stop when engines refuse a larger share of the prompts.")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> GenerateConfig:
+        unique("generators", [generator.name for generator in self.generators])
+        for generator in self.generators:
+            if generator.engine == "vllm" and generator.sampling.temperature == 0 and self.samples > 1:
+                raise ValueError(
+                    f"generator {generator.name!r}: at temperature 0 all samples are equal, and vLLM refuses more than "
+                    "one; set samples: 1 or a temperature"
+                )
+        return self
+
+
+class DimensionConfig(Section):
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="snake_case; kept as the column dimension.NAME.")
+    description: str = Field(min_length=1, description="What the judge is to look at.")
+
+
+_RUBRIC = [  # the dimensions of arXiv 2604.08723; the wording is ours
+    DimensionConfig(
+        name="factuality", description="Are its claims true, as far as the prompt or common knowledge tell?"
+    ),
+    DimensionConfig(
+        name="strategy_coherence", description="Is there one sensible plan, kept to from beginning to end?"
+    ),
+    DimensionConfig(
+        name="step_coherence", description="Does each step follow from those before, without gaps or leaps?"
+    ),
+    DimensionConfig(
+        name="numerical_precision",
+        description="Are numbers, units and calculations right and exact? Where none are needed, rate highest.",
+    ),
+    DimensionConfig(name="signal_to_noise", description="How much of it serves the answer, not filler or repetition?"),
+]
+
+
+class JudgeConfig(Section):
+    """What a judge is asked, and the endpoint that answers. The second half does not change what is computed."""
+
+    mode: Literal["pointwise", "pairwise"] = Field(
+        "pointwise",
+        description="Rate each response alone, or compare the responses to a prompt by twos, in both orders.",
+    )
+    dimensions: list[DimensionConfig] = Field(
+        _RUBRIC, min_length=1, max_length=32, description="What is rated; pairwise, what the comparison goes by."
+    )
+    low: int = Field(1, ge=0, le=100, description="Lowest rating, pointwise.")
+    high: int = Field(5, ge=0, le=100, description="Highest rating, pointwise.")
+    instructions: str = Field("", description="Put before the rubric, for example what the prompts are about.")
+    max_tokens: int = Field(256, ge=1, description="Longest reply in tokens, thinking included.")
+    temperature: float = Field(0.0, ge=0, le=10, description="0 is greedy.")
+
+    base_url: str = Field("", description="OpenAI-compatible endpoint, engine openai, such as http://HOST:8000/v1.")
+    api_key_env: str = Field("", description="NAME of the environment variable with the key; empty sends none.")
+    timeout: float = Field(120, gt=0, le=3600, description="Seconds for one reply.")
+    retries: int = Field(5, ge=0, le=100, description="Further tries after 429, 5xx, time-outs and lost connections.")
+    concurrency: int = Field(16, ge=1, le=1000, description="Requests at once, per worker.")
+
+    @model_validator(mode="after")
+    def _rubric_and_endpoint(self) -> JudgeConfig:
+        unique("judge: dimensions", [dimension.name for dimension in self.dimensions])
+        if self.low >= self.high:
+            raise ValueError(f"judge: low {self.low} must be below high {self.high}")
+        if self.base_url and not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", self.base_url):
+            raise ValueError(
+                "judge: base_url is no http:// or https:// URL, or holds a password; name the key in api_key_env"
+            )
+        if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", self.api_key_env):  # the value may be a key: do not show it
+            raise ValueError(
+                "judge: api_key_env is the NAME of an environment variable, such as JUDGE_API_KEY, not a key"
+            )
+        return self
+
+
+class ScorerConfig(ModelConfig):
+    name: Name = Field(description="Your name for it, used by pairings and reports.")
+    type: Literal["reward_model", "function", "judge"] = Field(
+        "reward_model", description="A model's logit, your function, or a language model's ratings."
+    )
+    engine: Literal["transformers", "vllm", "openai", "fake"] = Field(
+        "transformers", description="Runs the model. A judge's is openai where it has a base_url, else vllm."
+    )
+    function: str = Field("", description="package.module:name or path/to/file.py:name, called as f(prompt, text).")
+    judge: JudgeConfig = Field(JudgeConfig(), description="What a judge is asked, type judge only.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_of_a_judge(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "judge" and "engine" not in values:
+            judge = values.get("judge")
+            url = judge.get("base_url") if isinstance(judge, dict) else getattr(judge, "base_url", "")
+            return {**values, "engine": "openai" if url else "vllm"}
+        return values
+
+    @model_validator(mode="after")
+    def _has_its_part(self) -> ScorerConfig:
+        where = f"scorer {self.name!r}"
+        if self.type == "function" and ":" not in self.function:
+            raise ValueError(f"{where}: type function needs `function`, such as checks/answers.py:score")
+        if self.type == "reward_model" and self.engine == "openai":
+            raise ValueError(f"{where}: engine openai is for type judge; a reward_model runs on transformers or vllm")
+        if self.type == "judge" and self.engine == "transformers":
+            raise ValueError(f"{where}: engine transformers cannot hold a judge to its rubric; use openai or vllm")
+        if self.type != "function" and self.engine != "fake" and not self.model:
+            wanted = "the name the endpoint serves it by" if self.engine == "openai" else "a folder or a hub name"
+            raise ValueError(f"{where}: type {self.type} needs `model`: {wanted}")
+        if self.type == "judge" and self.engine == "openai" and not self.judge.base_url:
+            raise ValueError(f"{where}: engine openai needs `judge.base_url`, such as http://127.0.0.1:8000/v1")
+        if self.type == "judge" and self.engine != "openai" and self.judge.base_url:
+            raise ValueError(f"{where}: judge.base_url is for engine openai, not {self.engine}; remove one of them")
+        return self
+
+
+class EnsembleConfig(Section):
+    """Mean of its members' rewards, each z-scored over all completions of a pairing."""
+
+    name: Name = Field(description="Your name for it, used by pairings and reports.")
+    members: list[str] = Field(min_length=2, description="Scorers: NAME, or NAME:DIMENSION of a judge.")
+
+
+class ScoreConfig(Section):
+    scorers: list[ScorerConfig] = Field(min_length=1, description="One or more sources of rewards.")
+    max_missing: float = Field(0.05, ge=0, le=1, description="Stop when a larger share of the rewards is not finite.")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> ScoreConfig:
+        unique("scorers", [scorer.name for scorer in self.scorers])
+        return self
