@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from tasks import rubric
 from tasks.check import checks
+from tasks.columns import Columns
 from tasks.config import PairingConfig
 from tasks.engines import ChatRequest, Reply
 from tasks.engines.openai import OpenAIJudge, served
@@ -27,9 +28,9 @@ from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
 from tasks.generate import completions_path, generate
 from tasks.ingest import ingest, read_shard, shards_of
 from tasks.models import scorer_fingerprint
-from tasks.pair import Columns, pair
+from tasks.pair import pair
 from tasks.records import Completions, rewards_schema
-from tasks.score import TooManyMissing, rewards_path, score
+from tasks.score import TooManyMissing, dimensions_of, rewards_path, score
 from tasks.sections import GenerateConfig, IngestConfig, JudgeConfig, ScoreConfig, ScorerConfig
 from tasks.selection.roundrobin import win_shares
 from tasks.store import Store
@@ -495,8 +496,10 @@ def test_the_fake_judge_follows_the_numbers_of_the_fake_generator(answered: Any,
         quality += [number - fmean(numbers) for number in numbers]
         given_rewards += [reward - fmean(row["rewards"]) for reward in row["rewards"]]
     assert np.corrcoef(quality, given_rewards)[0, 1] > 0.7
-    columns = Columns(["policy"], completions, rewards.scorers["judge"], store)
-    assert columns.read(shards_of(store, completions.prompts)[0]).rewards.shape == (6, 4)
+    columns = Columns(["policy"], rewards, [], store)
+    assert columns.scorers == ["judge", *(f"judge:{name}" for name in dimensions_of(config))]
+    read = columns.read(shards_of(store, completions.prompts)[0]).rewards
+    assert {name: values.shape for name, values in read.items()} == dict.fromkeys(columns.scorers, (6, 4))
 
 
 def test_what_is_wrong_with_an_endpoint_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,12 +555,11 @@ def test_an_endpoint_that_has_said_everything_may_be_gone(local_ray: Any, answer
 
 def test_pairwise_with_a_single_sample_is_told_before_the_run(tmp_path: Path) -> None:
     generators = [{"name": name, "engine": "fake"} for name in ("strong", "weak")]
-    config = curate_config(
-        write_jsonl(tmp_path / "p.jsonl", prompts(2)),
-        generate={"samples": 1, "generators": generators},
-        score={"scorers": [judge("http://127.0.0.1:9/v1", mode="pairwise").model_dump()]},
-        pair=[{"rule": "generator_delta", "generators": ["strong", "weak"]}],
-        store=str(tmp_path / "store"),
-    )
-    with pytest.raises(ConfigError, match=r"score\.scorers\.0\.judge\.mode: pairwise needs generate\.samples >= 2"):
-        dict(checks(config))["scorer judge"]()
+    with pytest.raises(ValueError, match=r"scorer 'judge': mode pairwise needs generate\.samples >= 2 to compare"):
+        curate_config(
+            write_jsonl(tmp_path / "p.jsonl", prompts(2)),
+            generate={"samples": 1, "generators": generators},
+            score={"scorers": [judge("http://127.0.0.1:9/v1", mode="pairwise").model_dump()]},
+            pair=[{"rule": "generator_delta", "generators": ["strong", "weak"]}],
+            store=str(tmp_path / "store"),
+        )

@@ -11,6 +11,7 @@ import pytest
 from examples.tinyworld.build import build
 from flows.demo import WORLD
 from tasks import rubric
+from tasks.columns import Columns
 from tasks.config import PairingConfig
 from tasks.engines import (
     Answer,
@@ -25,7 +26,7 @@ from tasks.engines import (
 from tasks.engines.loop import EngineLoop
 from tasks.generate import generate
 from tasks.ingest import ingest
-from tasks.pair import Columns, pair
+from tasks.pair import pair
 from tasks.score import score
 from tasks.sections import GenerateConfig, GeneratorConfig, IngestConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
@@ -212,5 +213,5 @@ def test_a_judge_that_knows_nothing_answers_by_the_schema_all_the_same(tiny_judg
 def _rewards(rewards: Any, scorer: str, prompts: Any, store: Store) -> np.ndarray:
     from tasks.ingest import shards_of
 
-    columns = Columns(["policy"], rewards.completions, rewards.scorers[scorer], store)
-    return np.concatenate([columns.read(shard).rewards for shard in shards_of(store, prompts)])
+    columns = Columns(["policy"], rewards, [], store)
+    return np.concatenate([columns.read(shard).rewards[scorer] for shard in shards_of(store, prompts)])
