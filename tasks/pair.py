@@ -61,6 +61,7 @@ def pair(
             "stage": "pair",
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
+            "allotment": completions.allotment,
             "generators": [[name, completions.generators.get(name)] for name in columns.authors],
             "scorer": scorer,
             "scorers": [[name, fingerprint] for name, fingerprint in rewards.scorers.items()],

@@ -206,6 +206,7 @@ class Completions:
     generators: Mapping[str, str]  # name -> fingerprint
     counts: Counts
     work: Work = Work()
+    allotment: str = ""  # how many samples each prompt has, when not all have the same; see tasks/samples.py
     authors: tuple[str, ...] = ()  # of imported ones: who wrote them, in order of appearance
     length_unit: str = "tokens"
 
