@@ -110,7 +110,11 @@ def _engine_work(config: CurateConfig | EvaluateConfig, store: Store) -> tuple[l
     generate = [{"stage": "generate", "what": g.name, "to do": each} for g in config.generate.generators]
     score = [{"stage": "score", "what": s.name, "to do": "a reward per sample"} for s in config.score.scorers]
     rewards = None
-    if prompts:
+    if config.generate.adaptive:
+        steps = ", ".join(map(str, config.generate.adaptive.ladder))
+        for row in generate:
+            row["to do"] = f"{steps} samples per prompt, in rounds, as their rewards decide"
+    elif prompts:
         generate = _generate_work(config.generate, prompts, store)
         if all(row["to do"] == _NOTHING for row in generate):
             made = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}

@@ -125,7 +125,7 @@ def _known_completions(config: CurateConfig | EvaluateConfig, store: Store) -> C
         return known.completions if known else None
     assert config.ingest and config.generate
     prompts = known_prompts(config.ingest, store)
-    if prompts is None:
+    if prompts is None or config.generate.adaptive:
         return None
     fingerprints = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
     shards = list(wanted(store, prompts, config.generate.samples))

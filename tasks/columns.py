@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tasks.errors import ConfigError
 from tasks.generate import completions_path
+from tasks.ingest import shards_of
 from tasks.records import DIMENSION, Rewards
 from tasks.samples import Held, Ints, cover, existing, rows_of, wanted_of
 from tasks.score import rewards_path
@@ -74,6 +75,7 @@ class Columns:
         }
         self.rows_of = rows_of(store)
         self.wanted = {shard["digest"]: number for shard, number in wanted_of(store, completions)}
+        self.shards = shards_of(store, completions.prompts)
         self.singles = list(self._references())
 
     @property

@@ -169,6 +169,8 @@ class RunConfig(Section):
 METRICS = (
     "pvar",
     "pvar_error",
+    "pvar_posterior",
+    "pvar_posterior_error",
     "rewards_finite",
     "score_chosen",
     "score_rejected",
@@ -206,6 +208,10 @@ class CurateConfig(RunConfig):
             raise ValueError(
                 "`ingest` needs `generate` and `score`: models that answer the prompts, and what rates them"
             )
+        if self.generate and self.generate.adaptive:
+            _known("generate.adaptive: scorer", self.generate.adaptive.scorer or self.scorers[0], self.scorers)
+            if len(self.generate.generators) > 1:
+                raise ValueError("generate.adaptive: give one generator; PVar is over the samples of one policy")
         if self.import_ and self.generate:
             raise ValueError("`import` brings its completions along; remove `generate`, or import prompts by `ingest`")
         return self

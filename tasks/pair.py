@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tasks.adapt import sample_of
 from tasks.columns import Columns, ShardColumns
 from tasks.config import PairingConfig
 from tasks.errors import ConfigError
@@ -30,9 +31,11 @@ from tasks.progress import Meter, Report, silent
 from tasks.records import DROPS, PAIRS, SCHEMA_VERSION, Counts, Pairs, Rewards, Work, digest, with_scorers
 from tasks.sections import EnsembleConfig
 from tasks.selection import pairing
+from tasks.selection.adaptive import first_counts
 from tasks.selection.agreement import agreement
 from tasks.selection.delta import GeneratorDelta, Moments
 from tasks.selection.pairing import KEPT, REASONS, Choice
+from tasks.selection.posterior import Posterior, Prior, fit_prior, posterior
 from tasks.selection.pvar import PooledScale, pvar_with_error
 from tasks.selection.ranking import uniform
 from tasks.store import Store
@@ -107,6 +110,7 @@ class Survey:
     scale: float
     generators: GeneratorDelta
     delta: NDArray[np.float64]
+    prior: Prior | None  # of PVar; None without rewards
 
 
 def _survey(config: PairingConfig, columns: Columns, scorer: str, shards: list[dict[str, Any]]) -> Survey:
@@ -129,7 +133,18 @@ def _survey(config: PairingConfig, columns: Columns, scorer: str, shards: list[d
     scale = pooled.value if config.reward_scale == "auto" else float(config.reward_scale)
     delta = generators.delta()
     np.fill_diagonal(delta, 0.0)
-    return Survey(scorer, scale, generators, delta)
+    return Survey(scorer, scale, generators, delta, _prior(scorer, scale, columns))
+
+
+def _prior(scorer: str, scale: float, columns: Columns) -> Prior | None:
+    """Fitted on all samples, or on those of the first round where the later ones were asked for by their rewards."""
+    if not scorer:
+        return None
+    completions = columns.rewards.completions
+    first = None
+    if completions.rounds:
+        first = first_counts(completions.prompts.counts.out, completions.ladder)
+    return fit_prior(sample_of(scorer, columns, first), scale)
 
 
 def _in_order(work: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
@@ -257,6 +272,7 @@ def _shard_tables(
     finite = np.isfinite(rewards).sum(axis=1)
     choice = _choose(config, rewards, arrays, id_bits(prompts["prompt_id"]))
     variance, error = pvar_with_error(rewards, survey.scale)
+    known = posterior(variance, finite, survey.prior) if survey.prior else Posterior(variance, error)
     lost = np.flatnonzero(choice.reason != KEPT)
     keep = np.flatnonzero(choice.reason == KEPT)
     row, chosen, rejected = choice.row[keep], choice.chosen[keep], choice.rejected[keep]
@@ -281,6 +297,8 @@ def _shard_tables(
         "margin": best - worst,
         "pvar": variance[row],
         "pvar_error": error[row],
+        "pvar_posterior": known.mean[row],
+        "pvar_posterior_error": known.error[row],
         "rewards_finite": finite[row],
         "generator_delta": survey.delta[ours, theirs],
         "disagreement": _mean_by_row(arrays.disagreement.get(survey.scorer), len(rewards))[row],

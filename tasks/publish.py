@@ -83,6 +83,9 @@ def _lineage(subset: SubsetConfig, selection: Selection, store: Store) -> dict[s
             _step("subset", selection.counts),
         ],
         "length_unit": completions.length_unit,
+        "adaptive": {"ladder": list(completions.ladder), "rounds": list(completions.rounds)}
+        if completions.rounds
+        else None,
         "parents": {
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
