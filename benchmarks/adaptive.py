@@ -13,9 +13,9 @@ pairs for Student's t. Scale "auto" is the pooled standard deviation of the firs
 normal or pass/fail, `bound` is what no method can beat: optimal stopping, one sample at a time from 2 to 24, by one who
 knows the prior and the shape exactly, in the limit of many prompts.
 
-So three times fewer completions at 99 % can be had where prompts differ much (s 1: between them 16 samples tell easily),
-and hardly by anybody where they differ little (s 0.5) or rewards only pass or fail; climbing the ladder instead of
-single samples costs some of the bound, and so does a model that has to be fitted.
+So three times fewer completions at 99 % are to be had where prompts differ much (s 1), and only just, by one who knows
+everything, where they differ little (s 0.5) or rewards only pass or fail. A ladder instead of single samples costs some
+of the bound, and so does a model that has to be fitted.
 
 *TinyWorld.* Rewards of real, tiny models, 88 samples per prompt, made once and kept. 24 serve both methods and the
 other 64 are the truth, so that it shares no noise with either; four random splits. Also with prompt length known.
