@@ -44,12 +44,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # not this folder: its `select` would stand for Python's own
 
-from benchmarks.machine import machine  # noqa: E402
-from tasks.selection import adaptive  # noqa: E402
-from tasks.selection.posterior import fit_prior, posterior  # noqa: E402
-from tasks.selection.pvar import PooledScale, pvar  # noqa: E402
+from benchmarks.machine import machine
+from tasks.selection import adaptive
+from tasks.selection.posterior import fit_prior, posterior
+from tasks.selection.pvar import PooledScale, pvar
 
 Floats = NDArray[np.float64]
 FRACTION = 0.1

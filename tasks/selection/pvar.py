@@ -87,7 +87,7 @@ def pvar_with_error(rewards: Floats, scale: float = 1.0) -> tuple[Floats, Floats
 
 
 class PooledScale:
-    """The data set's pooled standard deviation within prompts, from chunks: what `reward_scale: 0` uses for T."""
+    """The data set's pooled standard deviation within prompts, from chunks: what `reward_scale: auto` uses for T."""
 
     def __init__(self) -> None:
         self.squares = 0.0
