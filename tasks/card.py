@@ -135,7 +135,7 @@ def adaptive_words(adaptive: dict[str, Any] | None) -> str:
         f"Adaptive sampling: {made:,} completions ({last['tokens']:,} tokens) in {len(rounds)} rounds instead of "
         f"{fixed:,} ({last['fixed_tokens']:,} tokens, estimated) for {fixed // last['prompts']} per prompt: "
         f"{fixed / made:.2f} times fewer. Expected of the top by pvar_posterior: {share(last['expected_quality'])} of "
-        f"the mean PVar, and {share(last['expected_overlap'])} of the prompts, of the subset that those would have given."
+        f"the mean PVar, and {share(last['expected_overlap'])} of the prompts, of the subset that those would give."
     )
 
 
