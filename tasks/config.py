@@ -17,6 +17,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,6
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEFAULT_STORE = ".prefsieve/store"
+PAIR_SCORE = "score"  # what the scores of imported pairs are called
 
 
 def _unique(where: str, names: list[str]) -> None:
@@ -26,7 +27,7 @@ def _unique(where: str, names: list[str]) -> None:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ColumnsConfig(Section):
@@ -44,7 +45,7 @@ class SourceConfig(Section):
     )
     split: str = Field("train", description="Split to take, for disk and hub.")
     limit: int = Field(0, ge=0, description="Take only the first rows; 0 takes all.")
-    max_chars: int = Field(100_000, ge=1, description="A longer prompt is quarantined.")
+    max_chars: int = Field(100_000, ge=1, description="A longer prompt, or imported completion, is quarantined.")
     max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
     shard_size: int = Field(
         256, ge=1, description="Prompts per shard, the unit of work. What was cut smaller before stays so."
@@ -290,6 +291,8 @@ class SubsetConfig(Section):
     def _controls_have_a_ranking(self) -> SubsetConfig:
         if len(set(self.controls)) < len(self.controls):
             raise ValueError(f"subset {self.name!r}: a control is named twice")
+        if self.controls and not any(isinstance(step, RankStep) for step in self.steps):
+            raise ValueError(f"subset {self.name!r}: controls need a `rank` step; filters alone take all that pass")
         if "bottom" in self.controls and not any(
             isinstance(step, RankStep) and step.rank != "random" for step in self.steps
         ):
@@ -341,7 +344,7 @@ FIELD = "field."  # before the name of a kept column
 class CurateConfig(RunConfig):
     """Prompts, or completions that exist already, in; published subsets out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     ingest: IngestConfig | None = None
     import_: ImportConfig | None = Field(None, alias="import")
@@ -366,15 +369,17 @@ class CurateConfig(RunConfig):
 
     @property
     def scorers(self) -> list[str]:
-        """Names of all sources of rewards, ensembles last."""
+        """Names of all sources of rewards, ensembles last. Whether there are pairs with scores is known once read."""
         imported = [rating.name for rating in self.import_.ratings] if self.import_ else []
+        if self.import_ and not imported and self.import_.form in ("auto", "pairs"):
+            imported = [PAIR_SCORE]
         scored = [scorer.name for scorer in self.score.scorers] if self.score else []
         return [*imported, *scored, *(ensemble.name for ensemble in self.ensembles)]
 
     @model_validator(mode="after")
     def _references(self) -> CurateConfig:
         scorers, pairings = self.scorers, [pairing.name for pairing in self.pair]
-        _unique("scorers, ratings and ensembles", scorers)
+        _unique(f"scorers, ratings and ensembles (the scores of imported pairs are called {PAIR_SCORE!r})", scorers)
         _unique("pair", pairings)
         _unique("subset", [name for subset in self.subset for name in subset.names()])
         for ensemble in self.ensembles:
@@ -396,10 +401,8 @@ class CurateConfig(RunConfig):
 
     def _check_pairing(self, pairing: PairingConfig) -> None:
         where = f"pair {pairing.name!r}"
-        # Scores of imported pairs are known by the name `score` once they are read.
-        scorers = self.scorers or (["score"] if self.import_ else [])
         if pairing.scorer:
-            _known(f"{where}: scorer", pairing.scorer.partition(":")[0], scorers)
+            _known(f"{where}: scorer", pairing.scorer.partition(":")[0], self.scorers)
         if not self.generate:
             return
         generators = [generator.name for generator in self.generate.generators]

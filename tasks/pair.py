@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tasks.columns import Columns, ShardColumns
 from tasks.config import EnsembleConfig, PairingConfig
 from tasks.errors import ConfigError
+from tasks.forms import CHOSEN, REJECTED
 from tasks.ingest import read_shard, shards_of
 from tasks.progress import Meter, Report, silent
 from tasks.records import DROPS, PAIRS, SCHEMA_VERSION, Counts, Pairs, Rewards, Work, digest, with_scorers
@@ -60,6 +61,7 @@ def pair(
             "stage": "pair",
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
+            "completions": list(columns.generators.values()),
             "generators": [[name, completions.generators.get(name)] for name in columns.authors],
             "scorer": scorer,
             "scorers": [[name, fingerprint] for name, fingerprint in rewards.scorers.items()],
@@ -94,6 +96,8 @@ def _deciding(config: PairingConfig, columns: Columns) -> str:
             f"pair {config.name!r}: rule {config.rule} goes by rewards, and there are none; use rule: labelled for "
             "pairs that were imported, or add a scorer under `score`"
         )
+    if config.rule == "labelled" and set(columns.rewards.completions.authors) != {CHOSEN, REJECTED}:
+        raise ConfigError(f"pair {config.name!r}: rule labelled is for imported pairs; use best_vs_worst")
     return config.scorer or next(iter(columns.scorers), "")
 
 
