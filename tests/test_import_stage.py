@@ -612,7 +612,8 @@ def test_pairs_of_real_transcripts(store: Store) -> None:
     assert table.counts.out + table.counts.dropped.get("identical texts", 0) == table.counts.into
     messages = pa.concat_tables([read_shard(store, s["digest"]) for s in shards_of(store, rewards.completions.prompts)])
     for conversation in messages["messages"].to_pylist():
-        assert [m["role"] for m in conversation] == ["user", "assistant"] * (len(conversation) // 2) + ["user"]
+        assert conversation[-1]["role"] == "user"
+        assert {m["role"] for m in conversation} <= {"user", "assistant"}
 
 
 # --- the command
