@@ -383,8 +383,8 @@ def tinyworld(arguments: argparse.Namespace) -> list[list[Case]]:
 
 def _tinyworld_rewards(folder: Path, number: int, samples: int) -> dict[str, Floats]:
     """Rewards [prompts, samples] and prompt lengths, from the engines themselves."""
-    from tasks.config import GeneratorConfig, SamplingConfig, ScorerConfig
     from tasks.engines import GenerationRequest, ScoringRequest, generator_engine, reward_engine
+    from tasks.sections import GeneratorConfig, SamplingConfig, ScorerConfig
 
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()[:number]]
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]

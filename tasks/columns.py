@@ -100,7 +100,7 @@ class Columns:
             self._generator(shard, self.wanted[shard["digest"]], g, fingerprint, singles, texts)
             for g, fingerprint in enumerate(self.generators.values())
         ]
-        rewards = {s: np.hstack([one["rewards"][s] for one in made]) for s in singles}
+        rewards = {s: _beside([one["rewards"][s] for one in made]) for s in singles}
         starts = np.cumsum([0, *(len(one["names"]) for one in made)])
         disagreement = {}
         for mixed in [mixed for mixed in self.ensembles if mixed.name in wanted]:
@@ -109,10 +109,10 @@ class Columns:
         return ShardColumns(
             rewards={s: rewards[s] for s in wanted if s in rewards},
             disagreement=disagreement,
-            texts=np.hstack([one["texts"] for one in made]),
-            tokens=np.hstack([one["tokens"] for one in made]),
-            authors=np.hstack([one["authors"] for one in made]),
-            files=np.hstack([one["files"] + start for one, start in zip(made, starts, strict=False)]),
+            texts=_beside([one["texts"] for one in made]),
+            tokens=_beside([one["tokens"] for one in made]),
+            authors=_beside([one["authors"] for one in made]),
+            files=_beside([one["files"] + start for one, start in zip(made, starts, strict=False)]),
             names=[name for one in made for name in one["names"]],
             samples=np.concatenate([np.arange(one["texts"].shape[1], dtype=np.int32) for one in made]),
         )
@@ -176,6 +176,10 @@ class Columns:
             authors[there] = codes[names.indices.to_numpy()]
         digests, tokens = dense(made["text_digests"], width, 0), dense(made["tokens"], width, 0)
         return {"authors": authors, "texts": digests, "tokens": tokens}
+
+
+def _beside(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return np.hstack(arrays) if len(arrays) > 1 else arrays[0]
 
 
 def _of_shard(ranges: dict[str, list[Held]], shard: dict[str, Any]) -> tuple[str, list[Held]]:

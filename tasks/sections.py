@@ -21,7 +21,7 @@ def unique(where: str, names: list[str]) -> None:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ColumnsConfig(Section):
@@ -39,7 +39,7 @@ class SourceConfig(Section):
     )
     split: str = Field("train", description="Split to take, for disk and hub.")
     limit: int = Field(0, ge=0, description="Take only the first rows; 0 takes all.")
-    max_chars: int = Field(100_000, ge=1, description="A longer prompt is quarantined.")
+    max_chars: int = Field(100_000, ge=1, description="A longer prompt, or imported completion, is quarantined.")
     max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
     shard_size: int = Field(
         256, ge=1, description="Prompts per shard, the unit of work. What was cut smaller before stays so."

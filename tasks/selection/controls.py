@@ -23,8 +23,8 @@ Ints = NDArray[np.int64]
 def matched(targets: Floats, candidates: Floats) -> Ints:
     """For each target in turn, the index of the nearest free candidate; [min(targets, candidates)].
 
-    targets, candidates: finite values. Of two equally near candidates the smaller value is taken, of equal values the
-    first that is left.
+    targets, candidates: finite values, in orders that say nothing. Of two equally near candidates the smaller value is
+    taken; of equal values those above a target are taken from the first on, those below from the last.
     """
     position = np.argsort(candidates, kind="stable")
     values = candidates[position]
