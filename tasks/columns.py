@@ -24,6 +24,7 @@ from tasks.selection.delta import Moments, ensemble
 from tasks.selection.pairing import ABSENT
 from tasks.store import Store
 
+_NAMED = 20  # of many generators, in a message
 _DIMENSION = "dimension."  # before the name of a judge's dimension in a file of rewards
 
 
@@ -60,7 +61,8 @@ class Columns:
         known = list(completions.authors or completions.generators)
         missing = [name for name in wanted if name not in known]
         if missing:
-            raise ConfigError(f"pair: generators: {missing[0]!r} is not one of {', '.join(known)}")
+            more = f" and {len(known) - _NAMED:,} more" if len(known) > _NAMED else ""
+            raise ConfigError(f"pair: generators: {missing[0]!r} is not one of {', '.join(known[:_NAMED])}{more}")
         self.authors = list(wanted) or known
         self.moments: dict[str, Moments] = {}
         self.generators = dict(completions.generators)
