@@ -32,6 +32,9 @@ class Drafts(Store):
     def fetch(self, path: str, target: Path) -> Path:
         return self._holder(path).fetch(path, target)
 
+    def at_hand(self, path: str, room: Path) -> Path:
+        return self._holder(path).at_hand(path, room)
+
     def read_table(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         return self._holder(path).read_table(path, columns)
 

@@ -55,7 +55,7 @@ _NAME = "import"  # the generator that imported completions stand under
 def import_(config: ImportConfig, store: Store, report: Report = silent) -> Rewards:
     """The completions of a source with their ratings. A source that was imported before is not read again."""
     started = time.monotonic()
-    inputs = inputs_digest(config)
+    inputs = _inputs(config)
     known = known_import(config, store)
     if known:
         Meter(report, "import", known.completions.counts.into, "completions", reused=known.completions.counts.into)
@@ -63,7 +63,7 @@ def import_(config: ImportConfig, store: Store, report: Report = silent) -> Rewa
     with tempfile.TemporaryDirectory() as folder:
         meter = Meter(report, "import", 0, "completions")
         about, quarantine = _read(config, inputs, store, Path(folder), meter)
-        if inputs_digest(config) != inputs:
+        if _inputs(config) != inputs:
             raise RunError(f"import.source {config.source!r} changed while it was read; run again")
         store.create_file(f"prompts/sources/{inputs}.quarantine.parquet", quarantine)
     store.create_json(pointer(inputs), {**about, "source": config.source})
@@ -72,7 +72,7 @@ def import_(config: ImportConfig, store: Store, report: Report = silent) -> Rewa
 
 def known_import(config: ImportConfig, store: Store) -> Rewards | None:
     """What a source that was imported before gave, with the same content and settings."""
-    inputs = inputs_digest(config)
+    inputs = _inputs(config)
     if not store.exists(pointer(inputs)):
         return None
     about = store.read_json(pointer(inputs))
@@ -214,11 +214,22 @@ def _length(config: ImportConfig) -> tuple[Callable[[str], int], str]:
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]), "tokens"
 
 
+def _inputs(config: ImportConfig) -> str:
+    """Digest of all that decides what is imported, a tokenizer's content too."""
+    inputs = inputs_digest(config)
+    return digest([inputs, _tokenizer(config.tokenizer)]) if config.tokenizer else inputs
+
+
 def _tokenizer(name: str) -> str:
     """What a tokenizer is by content."""
     if not name:
         return "words"
-    return models.folder_digest(Path(name).expanduser()) if is_local_path(name) else name
+    if not is_local_path(name):
+        return name
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"import.tokenizer: {name!r} cannot be loaded: there is no such folder; check the path")
+    return models.folder_digest(folder)
 
 
 class _CompletionWriter(ShardWriter):

@@ -31,9 +31,7 @@ class PairTable:
     def __init__(self, store: Store, pairs: Pairs, folder: Path) -> None:
         """folder: local room for a copy of the file."""
         self.store, self.pairs = store, pairs
-        self.file = pq.ParquetFile(
-            store.fetch(f"pairs/{pairs.digest}/pairs.parquet", folder / f"{pairs.digest}.parquet"), memory_map=True
-        )
+        self.file = pq.ParquetFile(store.at_hand(f"pairs/{pairs.digest}/pairs.parquet", folder), memory_map=True)
         self.schema = self.file.schema_arrow
         self.rows: int = self.file.metadata.num_rows
 

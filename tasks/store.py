@@ -124,6 +124,10 @@ class Store:
         self.fs.get_file(self.full(path), str(target))
         return target
 
+    def at_hand(self, path: str, room: Path) -> Path:
+        """A local path to a file's content, for reading: the file itself, or a copy of it below `room`."""
+        return Path(self.full(path)) if self.local else self.fetch(path, room / path)
+
     def remove(self, path: str) -> None:
         """Remove a file, or all files below a path, if there are any. For what nothing refers to."""
         with contextlib.suppress(FileNotFoundError):  # another run was first
