@@ -164,6 +164,7 @@ def subsets_markdown(result: dict[str, Any]) -> str:
 def show_markdown(result: dict[str, Any]) -> str:
     """One subset: how it came about, what sets it apart, what it shares with others, its first rows."""
     content = result["manifest"]["content"]
+    stages = [step for step in content["funnel"] if step["stage"] != "subset" or not content.get("explanation")]
     lines = [
         f"# {result['name']}@{result['version']}",
         "",
@@ -173,7 +174,7 @@ def show_markdown(result: dict[str, Any]) -> str:
         "## How the pairs were made",
         "",
         *pairing_lines(content.get("pairing") or {}),
-        *funnel(content["funnel"]),
+        *funnel(stages),
         "",
         *overlap_lines(result["overlap"], alone=True),
         "## First rows",
@@ -205,7 +206,8 @@ def why_markdown(result: dict[str, Any]) -> str:
             words = f"**Taken**: at place {pair['rank'] + 1:,} of {result['of']:,}{by}"
         else:
             step = f", at the step *{plain(pair['step'])}*" if pair["step"] else ""
-            words = f"**Left out**{step}: {plain(pair['reason'])}"
+            reason = pair["reason"].removesuffix(f" ({pair['step']})")
+            words = f"**Left out**{step}: {plain(reason)}"
         means = result["means"]
         rows = [
             {"metric": name, "this pair": value, "mean inside": of["inside"], "mean outside": of["outside"]}

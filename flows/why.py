@@ -63,7 +63,7 @@ def why(store: Store, wanted: str, prompt_id: str) -> dict[str, Any]:
         "pairs": [{**fates(place), **_told(row, metrics)} for place, row in rows.items()],
         "dropped": {"reason": dropped[0]["reason"], "pvar": dropped[0]["pvar"]} if dropped else None,
         "of": content["summary"]["rows"],
-        "ranked_by": explanation.get("ranked_by"),
+        "ranked_by": None if content.get("control") else explanation.get("ranked_by"),
         "means": {
             name: {side: metric[side] for side in ("inside", "outside")}
             for name, metric in (explanation.get("metrics") or {}).items()
