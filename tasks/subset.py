@@ -60,8 +60,8 @@ def selection_path(pairs: Pairs, selection_digest: str, what: str = "parquet") -
 
 @dataclass
 class _Taken:
-    """rows: of the pairs that are taken, in the order of taking; pool: those that the first ranking got; why: number of
-    each pair's reason to be left out, -1 where it is taken; trail: what each step did."""
+    """rows: of the pairs that are taken, in the order of taking; pool: those that the first ranking got, else all; why:
+    number of each pair's reason to be left out, -1 where it is taken; trail: what each step did."""
 
     rows: Ints
     pool: Ints
@@ -88,9 +88,8 @@ def _steps(config: SubsetConfig, table: PairTable, ids: NDArray[np.uint64]) -> _
     for step in config.steps:
         if isinstance(step, FilterStep):
             _filter(step, table, taken)
-            taken.pool = taken.pool if ranked else taken.rows
         else:
-            ranked = True
+            taken.pool, ranked = taken.pool if ranked else taken.rows, True
             _rank(step, table, taken, ranking.hashes(ids, config.seed), config.seed)
     return taken
 
@@ -157,7 +156,8 @@ def _control(control: str, config: SubsetConfig, table: PairTable, chosen: _Take
         rows = pool[ranking.order(table.numbers(step.rank)[pool], draws[pool], other)][:number]
     else:
         rows, match = _matched(_MATCHED_ON[control], table, chosen, draws)
-    before = len(list(itertools.takewhile(lambda step: isinstance(step, FilterStep), config.steps)))
+    filters = list(itertools.takewhile(lambda step: isinstance(step, FilterStep), config.steps))
+    before = len(filters) if len(filters) < len(config.steps) else 0
     taken = _Taken(pool, pool, chosen.why.copy(), list(chosen.reasons), chosen.trail[:before], match)
     in_pool, inside = np.zeros(table.rows, np.bool_), np.zeros(table.rows, np.bool_)
     in_pool[pool], inside[rows] = True, True

@@ -29,7 +29,7 @@ from tasks.pair import pair
 from tasks.publish import publish
 from tasks.records import Pairs, Selection, Version, digest
 from tasks.store import Store
-from tasks.subset import subset
+from tasks.subset import selection_path, subset
 from tests.conftest import copy_store, write_jsonl
 from tests.services import ROOT
 
@@ -328,6 +328,21 @@ def test_the_command_prints_json_or_text_and_status_2_for_an_unknown_prompt(
     assert (status, json.loads(out)["pairs"][0]["rank"]) == (0, 0)
     assert "Taken" in show("--row", first)[1]
     assert show("--row", "00000000", "--json") == (2, "")
+
+
+# --- controls
+
+
+def test_controls_of_a_subset_of_filters_alone_are_drawn_from_all_pairs(tmp_path: Path) -> None:
+    values = shipped("long.yaml").model_dump(by_alias=True, mode="json")
+    window = {"name": "w", "steps": [{"filter": "pvar", "quantiles": [0.2, 0.6]}], "controls": ["random"]}
+    made = run(CurateConfig.model_validate({**values, "subset": [window]}), Store(tmp_path / "store"))
+    [subset_, control] = made.selections
+    assert (subset_.counts.into, control.counts.into) == (22, 22)
+    assert subset_.counts.out == control.counts.out == len(rows_of(made, "w"))
+    assert {row["prompt_id"] for row in rows_of(made, "w")} != {row["prompt_id"] for row in rows_of(made, "w-random")}
+    steps = made.store.read_json(selection_path(control.pairs, control.digest, "json"))["steps"]
+    assert [(step["into"], step["out"]) for step in steps] == [(22, control.counts.out)]
 
 
 # --- texts of strangers

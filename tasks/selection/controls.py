@@ -1,7 +1,7 @@
 """Subsets to compare a subset with, of equal size, so that what made the difference can be told.
 
-random          drawn from the pool that the rankings chose from: the baseline that active selection often fails to beat
-                (arXiv 2604.02766).
+random          drawn from the pool that the rankings chose from (all pairs, where there are only filters): the baseline
+                that active selection often fails to beat (arXiv 2604.02766).
 bottom          the other end of the last ranking's order of that pool.
 margin_matched  pairs the subset did not take whose margins are as near as possible to the subset's: with best against
                 worst PVar is almost a function of the margin, and only this control tells the two apart.
