@@ -66,7 +66,10 @@ def curate(
         else:
             assert config.ingest and config.generate and config.score
             prompts = stages.ingest(config.ingest, url)
-            completions = stages.generate(config.generate, prompts, url, config.ray_address)
+            if config.generate.adaptive:
+                completions = stages.adapt(config.generate, config.score, prompts, url, config.ray_address)
+            else:
+                completions = stages.generate(config.generate, prompts, url, config.ray_address)
             rewards = stages.score(config.score, completions, url, config.ray_address)
         pairs = stages.pair(config, rewards, url)
         selections = stages.subset(config.subset, pairs, url)
@@ -79,6 +82,7 @@ def curate(
         "store": Store(url).url,
         "subsets": [reporting.subset_row(Store(url), version) for version in versions],
         "overlap": overlap(selections, Store(url)),
+        "rounds": list(rewards.completions.rounds),
         "stages": rows,
     }
     reporting.show_counts("curate", report["stages"])

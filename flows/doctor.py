@@ -17,11 +17,12 @@ from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.drafts import Drafts
 from tasks.errors import ConfigError, RunError
 from tasks.explain import explain, overlap
-from tasks.generate import missing_ranges
+from tasks.generate import missing_completions
 from tasks.imports import import_, known_import
-from tasks.ingest import known_prompts, shards_of
+from tasks.ingest import known_prompts
 from tasks.pair import pair
 from tasks.records import Completions, Counts, PromptSet, Rewards
+from tasks.samples import wanted
 from tasks.score import files_to_rate, missing_rewards
 from tasks.sections import GenerateConfig, ScorerConfig
 from tasks.store import Store
@@ -71,10 +72,10 @@ def sketch(config: CurateConfig, rewards: Rewards, store: Store) -> dict[str, An
     """What the subsets would be, explained."""
     tables = {rule.name: pair(rule, rewards, store, ensembles=config.ensembles) for rule in config.pair}
     subsets, selections = [], []
-    for wanted in config.subset:
-        for selection in subset(wanted, tables[wanted.pairs or config.pair[0].name], store):
+    for taken in config.subset:
+        for selection in subset(taken, tables[taken.pairs or config.pair[0].name], store):
             selections.append(selection)
-            explained = explain(wanted, selection, store)
+            explained = explain(taken, selection, store)
             subsets.append({"name": selection.name, "pairs": selection.counts.out, "explanation": explained})
     pairings = []
     for name, table in tables.items():
@@ -115,7 +116,11 @@ def _engine_work(config: CurateConfig | EvaluateConfig, store: Store) -> tuple[l
     generate = [{"stage": "generate", "what": g.name, "to do": each} for g in config.generate.generators]
     score = [{"stage": "score", "what": s.name, "to do": "a reward per sample"} for s in config.score.scorers]
     rewards = None
-    if prompts:
+    if config.generate.adaptive:
+        steps = ", ".join(map(str, config.generate.adaptive.ladder))
+        for row in generate:
+            row["to do"] = f"{steps} samples per prompt, in rounds, as their rewards decide"
+    elif prompts:
         generate = _generate_work(config.generate, prompts, store)
         if all(row["to do"] == _NOTHING for row in generate):
             made = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
@@ -131,7 +136,7 @@ def _generate_work(config: GenerateConfig, prompts: PromptSet, store: Store) -> 
     work = []
     for generator in config.generators:
         fingerprint = models.generator_fingerprint(generator, store)
-        items = missing_ranges(store, fingerprint, shards_of(store, prompts), config.samples)
+        items = missing_completions(store, fingerprint, list(wanted(store, prompts, config.samples)))
         samples = sum(item["rows"] * (item["last"] - item["first"]) for item in items)
         what = f"{samples:,} samples in {len(items):,} files" if items else _NOTHING
         work.append({"stage": "generate", "what": generator.name, "to do": what})

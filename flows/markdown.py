@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from flows.explained import cut, explained, funnel, overlap_lines, pairing_lines, plain, short, table
-from tasks.card import dropped_words, selection_words
+from tasks.card import adaptive_words, dropped_words, selection_words
 from tasks.describe import number
 from tasks.progress import duration
 
@@ -176,6 +176,7 @@ def show_markdown(result: dict[str, Any]) -> str:
         *pairing_lines(content.get("pairing") or {}),
         *funnel(stages),
         "",
+        *([plain(adaptive_words(content["adaptive"])), ""] if content.get("adaptive") else []),
         *overlap_lines(result["overlap"], alone=True),
         "## First rows",
         "",

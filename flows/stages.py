@@ -11,6 +11,7 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+import tasks.adapt
 import tasks.check
 import tasks.evaluate
 import tasks.generate
@@ -67,6 +68,15 @@ def import_(config: ImportConfig, store: str) -> Rewards:
 def generate(config: GenerateConfig, prompts: PromptSet, store: str, ray_address: str) -> Completions:
     with progress_artifact("generate") as report:
         return tasks.generate.generate(config, prompts, Store(store), report, ray_address)
+
+
+@task(name="adapt", task_run_name="adapt", **_STAGE)
+def adapt(
+    config: GenerateConfig, scoring: ScoreConfig, prompts: PromptSet, store: str, ray_address: str
+) -> Completions:
+    """generate and score in rounds."""
+    with progress_artifact("adapt") as report:
+        return tasks.adapt.adapt(config, scoring, prompts, Store(store), report, ray_address)
 
 
 @task(name="score", task_run_name="score", **_STAGE)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.errors import ConfigError, RunError
-from tasks.generate import samples_in
 from tasks.ingest import read_shard, shards_of
 from tasks.pairtable import PairTable
 from tasks.records import Completions, Counts, Pairs, PromptSet, Rewards
+from tasks.samples import held_by, rows_of
 from tasks.store import Store
 from tasks.subset import selection_path
 from tasks.versions import find_version, read_manifest
@@ -112,6 +112,9 @@ def _texts(store: Store, pairs: Pairs, row: dict[str, Any]) -> dict[str, str]:
     messages = read_shard(store, shard, ["messages"])["messages"][row["row"]].as_py()
     texts = {"prompt": " ".join(message["content"] for message in messages)}
     for side in ("chosen", "rejected"):
-        file, sample = row[f"{side}_file"], row[f"{side}_sample"]
-        texts[side] = store.read_table(file, ["texts"])["texts"][row["row"]].as_py()[sample - samples_in(file)[0]]
+        file = row[f"{side}_file"]
+        held = held_by(file)
+        part = rows_of(store)(held)
+        at = row["row"] if part is None else int(np.searchsorted(part, row["row"]))
+        texts[side] = store.read_table(file, ["texts"])["texts"][at].as_py()[row[f"{side}_sample"] - held.first]
     return {name: text[:_EXCERPT] for name, text in texts.items()}

@@ -58,6 +58,7 @@ def dataset_card(config: PublishConfig, content: dict[str, Any]) -> str:
         _origin(content),
         _funnel("stage", content.get("funnel") or []),
         *_steps(explanation.get("steps") or []),
+        _escaped(adaptive_words(content.get("adaptive")), 1000),
         *_sources(explanation.get("sources") or {}),
         *_scorers(content.get("pairing") or {}),
         _USE + _further_columns(explanation.get("metrics") or {}),
@@ -120,6 +121,21 @@ def scale_words(scale: float | None) -> str:
     return (
         f"PVar at reward scale T = {scale:.4g}: rewards {scale:.4g} apart count as a preference of 73 to 27. "
         "Values of PVar compare only where scorer and T are the same."
+    )
+
+
+def adaptive_words(adaptive: dict[str, Any] | None) -> str:
+    """What adaptive sampling spent, and what is expected of it, in words; empty where there was none."""
+    rounds = (adaptive or {}).get("rounds") or []
+    if not rounds:
+        return ""
+    last = rounds[-1]
+    made, fixed = last["completions"], last["fixed_completions"]
+    return (
+        f"Adaptive sampling: {made:,} completions ({last['tokens']:,} tokens) in {len(rounds)} rounds instead of "
+        f"{fixed:,} ({last['fixed_tokens']:,} tokens, estimated) for {fixed // last['prompts']} per prompt: "
+        f"{fixed / made:.2f} times fewer. Expected of the top by pvar_posterior: {share(last['expected_quality'])} of "
+        f"the mean PVar, and {share(last['expected_overlap'])} of the prompts, of the subset that those would give."
     )
 
 

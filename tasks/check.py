@@ -9,10 +9,11 @@ from typing import Any
 from tasks import models
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.errors import ConfigError, RunError
-from tasks.generate import missing_ranges
+from tasks.generate import missing_completions
 from tasks.imports import known_import, preview
-from tasks.ingest import known_prompts, shards_of
+from tasks.ingest import known_prompts
 from tasks.records import Completions
+from tasks.samples import wanted
 from tasks.score import files_to_rate, missing_rewards
 from tasks.sections import GeneratorConfig, ImportConfig, ScorerConfig
 from tasks.sources import find_source
@@ -124,11 +125,11 @@ def _known_completions(config: CurateConfig | EvaluateConfig, store: Store) -> C
         return known.completions if known else None
     assert config.ingest and config.generate
     prompts = known_prompts(config.ingest, store)
-    if prompts is None:
+    if prompts is None or config.generate.adaptive:
         return None
     fingerprints = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
-    shards = shards_of(store, prompts)
-    if any(missing_ranges(store, generator, shards, config.generate.samples) for generator in fingerprints.values()):
+    shards = list(wanted(store, prompts, config.generate.samples))
+    if any(missing_completions(store, generator, shards) for generator in fingerprints.values()):
         return None
     return Completions(prompts, config.generate.samples, fingerprints, prompts.counts)
 

@@ -16,13 +16,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tasks.errors import ConfigError
-from tasks.generate import completions_path, covering, existing_ranges
+from tasks.generate import completions_path
+from tasks.ingest import shards_of
 from tasks.records import DIMENSION, Rewards
+from tasks.samples import Held, Ints, cover, existing, rows_of, wanted_of
 from tasks.score import rewards_path
 from tasks.sections import EnsembleConfig
 from tasks.selection.delta import Moments, ensemble
 from tasks.selection.pairing import ABSENT
 from tasks.store import Store
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,13 @@ class Columns:
         if not self.imported:
             self.generators = {name: completions.generators[name] for name in self.authors}
         self.rated = {
-            fingerprint: [existing_ranges(store, f"rewards/{s}/{fingerprint}") for s in rewards.scorers.values()]
-            or [existing_ranges(store, f"completions/{fingerprint}")]
+            fingerprint: [existing(store, f"rewards/{s}/{fingerprint}") for s in rewards.scorers.values()]
+            or [existing(store, f"completions/{fingerprint}")]
             for fingerprint in self.generators.values()
         }
+        self.rows_of = rows_of(store)
+        self.wanted = {shard["digest"]: number for shard, number in wanted_of(store, completions)}
+        self.shards = shards_of(store, completions.prompts)
         self.singles = list(self._references())
 
     @property
@@ -89,11 +96,12 @@ class Columns:
         wanted = self.scorers if scorers is None else scorers
         members = [member for mixed in self.ensembles if mixed.name in wanted for member in mixed.members]
         singles = [s for s in self.singles if s in wanted or s in members]
-        parts = [
-            part for g, fp in enumerate(self.generators.values()) for part in self._parts(shard, g, fp, singles, texts)
+        made = [
+            self._generator(shard, self.wanted[shard["digest"]], g, fingerprint, singles, texts)
+            for g, fingerprint in enumerate(self.generators.values())
         ]
-        rewards = {s: np.hstack([part["rewards"][s] for part in parts]) for s in singles}
-        files = [np.full(part["authors"].shape, i, np.int32) for i, part in enumerate(parts)]
+        rewards = {s: _beside([one["rewards"][s] for one in made]) for s in singles}
+        starts = np.cumsum([0, *(len(one["names"]) for one in made)])
         disagreement = {}
         for mixed in [mixed for mixed in self.ensembles if mixed.name in wanted]:
             z = [self.moments[member].z(rewards[member]) for member in mixed.members]
@@ -101,44 +109,61 @@ class Columns:
         return ShardColumns(
             rewards={s: rewards[s] for s in wanted if s in rewards},
             disagreement=disagreement,
-            texts=np.hstack([part["texts"] for part in parts]),
-            tokens=np.hstack([part["tokens"] for part in parts]),
-            authors=np.hstack([part["authors"] for part in parts]),
-            files=np.hstack(files),
-            names=[part["file"] for part in parts],
-            samples=np.concatenate([part["samples"] for part in parts]),
+            texts=_beside([one["texts"] for one in made]),
+            tokens=_beside([one["tokens"] for one in made]),
+            authors=_beside([one["authors"] for one in made]),
+            files=_beside([one["files"] + start for one, start in zip(made, starts, strict=False)]),
+            names=[name for one in made for name in one["names"]],
+            samples=np.concatenate([np.arange(one["texts"].shape[1], dtype=np.int32) for one in made]),
         )
 
-    def _parts(self, shard: dict[str, Any], generator: int, fingerprint: str, scorers: list[str], texts: bool) -> Any:
-        """What each file holds of the wanted samples of a shard."""
-        rated = [_of_shard(ranges, shard) for ranges in self.rated[fingerprint]]
+    def _generator(
+        self, shard: dict[str, Any], number: Ints, generator: int, fingerprint: str, scorers: list[str], texts: bool
+    ) -> dict[str, Any]:
+        """The wanted samples of one generator, [prompts, most that a prompt of the shard has]."""
+        rated = [_of_shard(held, shard) for held in self.rated[fingerprint]]
         places = {name: place for name, (place, _) in zip(self.rewards.scorers, rated, strict=False)}
-        shared = sorted(set.intersection(*(set(ranges) for _, ranges in rated)))
-        for (first, last), part in covering(shared, shard.get("samples", self.rewards.completions.samples)):
-            file = completions_path(fingerprint, shard["prompts"], (first, last))
-            authors, digests, tokens = self._completions(file, (shard["rows"], last - first), generator, texts)
-            rewards = {}
+        shared = sorted(set.intersection(*(set(held) for _, held in rated)))
+        parts, _ = cover(shared, number, self.rows_of)
+        shape = (shard["rows"], int(number.max()))
+        found: dict[str, Any] = {
+            "authors": np.full(shape, ABSENT, np.int16),
+            "texts": np.zeros(shape, np.int64),
+            "tokens": np.zeros(shape, np.int32),
+            "files": np.zeros(shape, np.int32),
+            "names": [],
+            "rewards": {scorer: np.full(shape, np.nan) for scorer in scorers},
+        }
+        for held, take in parts:
+            file, rows = completions_path(fingerprint, shard["prompts"], held), self.rows_of(held)
+            width = held.last - held.first
+            columns = self._completions(file, take.shape, generator, texts)
+            values: dict[str, Floats] = {}
             for scorer in scorers:
                 name, _, dimension = scorer.partition(":")
                 column = f"{DIMENSION}{dimension}" if dimension else "rewards"
-                path = rewards_path(self.rewards.scorers[name], fingerprint, places[name], (first, last))
-                values = dense(self.store.read_table(path, [column])[column], last - first, np.nan)
-                rewards[scorer] = (np.where(authors == ABSENT, np.nan, values) if self.imported else values)[:, part]
-            yield {
-                "file": file,
-                "samples": np.arange(first, last, dtype=np.int32)[part],
-                "authors": authors[:, part],
-                "texts": digests[:, part],
-                "tokens": tokens[:, part],
-                "rewards": rewards,
-            }
+                path = rewards_path(self.rewards.scorers[name], fingerprint, places[name], held)
+                values[scorer] = dense(self.store.read_table(path, [column])[column], width, np.nan)
+                if self.imported:
+                    values[scorer] = np.where(columns["authors"] == ABSENT, np.nan, values[scorer])
+            columns["files"] = np.full(take.shape, len(found["names"]), np.int32)
+            found["names"].append(file)
+            if take.all() and take.shape == shape:
+                found |= {**columns, "rewards": values}
+                continue
+            at, samples = np.nonzero(take)
+            place = (at if rows is None else rows[at], samples + held.first)
+            for name, array in columns.items():
+                found[name][place] = array[take]
+            for scorer, array in values.items():
+                found["rewards"][scorer][place] = array[take]
+        return found
 
-    def _completions(
-        self, file: str, shape: tuple[int, int], generator: int, texts: bool
-    ) -> tuple[NDArray[np.int16], NDArray[np.int64], NDArray[np.int32]]:
+    def _completions(self, file: str, shape: tuple[int, int], generator: int, texts: bool) -> dict[str, NDArray[Any]]:
         """Authors, digests and lengths of one file; shape: [prompts, samples]."""
         if not texts and not self.imported:
-            return np.full(shape, generator, np.int16), np.zeros(shape, np.int64), np.zeros(shape, np.int32)
+            authors = np.full(shape, generator, np.int16)
+            return {"authors": authors, "texts": np.zeros(shape, np.int64), "tokens": np.zeros(shape, np.int32)}
         width = shape[1]
         made = self.store.read_table(file, ["tokens", "text_digests", *(["generators"] if self.imported else [])])
         lengths = pc.list_value_length(made["tokens"]).fill_null(0).to_numpy()
@@ -149,10 +174,15 @@ class Columns:
             numbers = {name: number for number, name in enumerate(self.authors)}
             codes = np.array([numbers.get(name, ABSENT) for name in names.dictionary.to_pylist()], np.int16)
             authors[there] = codes[names.indices.to_numpy()]
-        return authors, dense(made["text_digests"], width, 0), dense(made["tokens"], width, 0)
+        digests, tokens = dense(made["text_digests"], width, 0), dense(made["tokens"], width, 0)
+        return {"authors": authors, "texts": digests, "tokens": tokens}
 
 
-def _of_shard(ranges: dict[str, list[tuple[int, int]]], shard: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+def _beside(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return np.hstack(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def _of_shard(ranges: dict[str, list[Held]], shard: dict[str, Any]) -> tuple[str, list[Held]]:
     """A scorer names its files by the prompts' digest or the rows'; see tasks/score.py."""
     rated = shard["prompts"] if shard["prompts"] in ranges else shard["digest"]
     return rated, ranges[rated]

@@ -25,6 +25,7 @@ from tasks.sections import (
 )
 
 DEFAULT_STORE = ".prefsieve/store"
+PAIR_SCORE = "score"  # what the scores of imported pairs are called
 
 
 class PairingConfig(Section):
@@ -136,6 +137,8 @@ class SubsetConfig(Section):
     def _controls_have_a_ranking(self) -> SubsetConfig:
         if len(set(self.controls)) < len(self.controls):
             raise ValueError(f"subset {self.name!r}: a control is named twice")
+        if self.controls and not any(isinstance(step, RankStep) for step in self.steps):
+            raise ValueError(f"subset {self.name!r}: controls need a `rank` step; filters alone take all that pass")
         if "bottom" in self.controls and not any(
             isinstance(step, RankStep) and step.rank != "random" for step in self.steps
         ):
@@ -169,6 +172,8 @@ class RunConfig(Section):
 METRICS = (
     "pvar",
     "pvar_error",
+    "pvar_posterior",
+    "pvar_posterior_error",
     "rewards_finite",
     "score_chosen",
     "score_rejected",
@@ -187,7 +192,7 @@ FIELD = "field."  # before the name of a kept column
 class CurateConfig(RunConfig):
     """Prompts, or completions that exist already, in; published subsets out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     ingest: IngestConfig | None = None
     import_: ImportConfig | None = Field(None, alias="import")
@@ -206,21 +211,27 @@ class CurateConfig(RunConfig):
             raise ValueError(
                 "`ingest` needs `generate` and `score`: models that answer the prompts, and what rates them"
             )
+        if self.generate and self.generate.adaptive:
+            _known("generate.adaptive: scorer", self.generate.adaptive.scorer or self.scorers[0], self.scorers)
+            if len(self.generate.generators) > 1:
+                raise ValueError("generate.adaptive: give one generator; PVar is over the samples of one policy")
         if self.import_ and self.generate:
             raise ValueError("`import` brings its completions along; remove `generate`, or import prompts by `ingest`")
         return self
 
     @property
     def scorers(self) -> list[str]:
-        """Names of all sources of rewards, ensembles last."""
+        """Names of all sources of rewards, ensembles last. Whether there are pairs with scores is known once read."""
         imported = [rating.name for rating in self.import_.ratings] if self.import_ else []
+        if self.import_ and not imported and self.import_.form in ("auto", "pairs"):
+            imported = [PAIR_SCORE]
         scored = [scorer.name for scorer in self.score.scorers] if self.score else []
         return [*imported, *scored, *(ensemble.name for ensemble in self.ensembles)]
 
     @model_validator(mode="after")
     def _references(self) -> CurateConfig:
         scorers, pairings = self.scorers, [pairing.name for pairing in self.pair]
-        unique("scorers, ratings and ensembles", scorers)
+        unique(f"scorers, ratings and ensembles (the scores of imported pairs are called {PAIR_SCORE!r})", scorers)
         unique("pair", pairings)
         unique("subset", [name for subset in self.subset for name in subset.names()])
         for ensemble in self.ensembles:
@@ -242,10 +253,8 @@ class CurateConfig(RunConfig):
 
     def _check_pairing(self, pairing: PairingConfig) -> None:
         where = f"pair {pairing.name!r}"
-        # Scores of imported pairs are known by the name `score` once they are read.
-        scorers = self.scorers or (["score"] if self.import_ else [])
         if pairing.scorer:
-            _known(f"{where}: scorer", pairing.scorer.partition(":")[0], scorers)
+            _known(f"{where}: scorer", pairing.scorer.partition(":")[0], self.scorers)
         if not self.generate:
             return
         for scorer in self.score.scorers if self.score else []:

@@ -16,13 +16,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.config import PAIR_SCORE
 from tasks.prompts import check_unicode, prompt_row
 from tasks.sections import ImportConfig, RatingConfig
 from tasks.sources import BadRow
 
 CHOSEN, REJECTED = "chosen", "rejected"  # who wrote the sides of a pair
-PAIR_SCORE = "score"  # what the scores of pairs are called
 _UNKNOWN = "unknown"
+_LARGEST = 1e100  # a rating beyond it: no sum of squares may overflow
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
@@ -61,7 +62,14 @@ def understand(row: dict[str, Any] | BadRow, config: ImportConfig) -> Understood
     """BadRow says what is wrong with a row."""
     if isinstance(row, BadRow):
         raise row
-    return {"long": _long, "nested": _nested, "pairs": _pair}[form_of(row, config)](row, config)
+    try:
+        understood = {"long": _long, "nested": _nested, "pairs": _pair}[form_of(row, config)](row, config)
+    except RecursionError:
+        raise BadRow("nested too deeply", "") from None
+    longest = max(len(completion.text) for completion in understood.completions)
+    if longest > config.max_chars:
+        raise BadRow("completion too long", f"{longest} characters")
+    return understood
 
 
 def ratings_of(config: ImportConfig) -> list[RatingConfig]:
@@ -156,7 +164,9 @@ def _shared(chosen: str, rejected: str) -> tuple[str, list[str]]:
     """What two texts begin with alike, up to the end of a word, and what each goes on with."""
     alike = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
     length = sum(1 for _ in alike)
-    cut = max(chosen.rfind(" ", 0, length + 1), chosen.rfind("\n", 0, length + 1))
+    cut = max(chosen.rfind(" ", 0, length), chosen.rfind("\n", 0, length))
+    if chosen[length : length + 1].isspace() and rejected[length : length + 1].isspace():
+        cut = length
     if cut < 1:
         raise BadRow("no prompt", "chosen and rejected begin differently, and there is no prompt column")
     return chosen[:cut], [chosen[cut:], rejected[cut:]]
@@ -183,6 +193,8 @@ def _text(value: Any) -> str:
 
 
 def _generator(value: Any) -> str:
+    if isinstance(value, list | dict):
+        raise BadRow("generator is no text", repr(value))
     name = _UNKNOWN if value in (None, "") else str(value)
     check_unicode(name)
     return name
@@ -195,7 +207,7 @@ def rate(rating: RatingConfig, value: Any) -> float | str:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        return f"no number: {str(value)[:100]}"
+        return f"no number: {str(value)[:100].encode(errors='backslashreplace').decode()}"
     if rating.transform == "logit":
         if not 0 <= number <= 1:
             return f"no probability: {number:g}"
@@ -203,7 +215,9 @@ def rate(rating: RatingConfig, value: Any) -> float | str:
         if number in (0, 1):
             return f"not finite: logit of {number:g}"
         return math.log(number) - math.log1p(-number)
-    return number if math.isfinite(number) else f"not finite: {number}"
+    if not math.isfinite(number):
+        return f"not finite: {number}"
+    return number if abs(number) <= _LARGEST else f"too large: {number:g}"
 
 
 def _at(row: Any, path: str) -> Any:

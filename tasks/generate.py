@@ -1,7 +1,8 @@
 """generate: samples of each generator for each prompt.
 
 Pools of actors, each with one engine, work through the shards that miss samples. A file holds a range of samples of one
-shard, so asking for more samples later makes only the further ones; which exist is read from the store's listing.
+shard (tasks/samples.py), so asking for more samples later makes only the further ones; which exist is read from the
+store's listing.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,48 +23,53 @@ from tasks.cluster import Pool, run_pools
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.loop import EngineLoop, Refused
 from tasks.errors import RunError
-from tasks.ingest import read_shard, shards_of
+from tasks.ingest import read_shard
 from tasks.progress import Meter, Report, silent
 from tasks.records import COMPLETIONS, Completions, Counts, PromptSet, Work, text_digest
+from tasks.samples import Held, Ints, cover, existing, missing, name_part, rows_of, wanted
 from tasks.sections import GenerateConfig, GeneratorConfig
 from tasks.store import Store
 
-Range = tuple[int, int]  # first sample, last sample + 1
+Shards = list[tuple[dict[str, Any], Ints]]  # each with the samples that are wanted per row
 
 
 def generate(
-    config: GenerateConfig, prompts: PromptSet, store: Store, report: Report = silent, address: str = "local"
+    config: GenerateConfig,
+    prompts: PromptSet,
+    store: Store,
+    report: Report = silent,
+    address: str = "local",
+    allotment: str = "",
 ) -> Completions:
-    """Make what is missing of samples 0..config.samples-1 of every generator."""
+    """Make what is missing of samples 0..config.samples-1 of every generator; or of what each prompt is allotted."""
     started = time.monotonic()
-    shards = shards_of(store, prompts)
+    shards = list(wanted(store, prompts, config.samples, allotment))
     generators = [models.pinned("generate", g, store) for g in config.generators]
     fingerprints = {g.name: models.remember_facts(models.generator_facts(g, store), g.model, store) for g in generators}
     models.check_distinct("generate.generators", fingerprints)
-    missing = {g.name: missing_ranges(store, fingerprints[g.name], shards, config.samples) for g in generators}
+    todo = {g.name: missing_completions(store, fingerprints[g.name], shards) for g in generators}
     total = prompts.counts.out * len(config.generators)
-    todo = sum(item["rows"] for items in missing.values() for item in items if item["final"])
-    meter = Meter(report, "generate", total, "prompts", reused=total - todo)
+    open_ = sum(item["final"] for items in todo.values() for item in items)
+    meter = Meter(report, "generate", total, "prompts", reused=total - open_)
     totals: Counter[str] = Counter()
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
         totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
         totals[f"refused by {name}"] += counts["refused"] if counts["final"] else 0
         _check_refused(config, name, totals[f"refused by {name}"], prompts.counts.out, counts["example"])
-        meter.add(counts["finished"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
+        meter.add(counts["final"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
 
     pools = [
-        Pool(GenerateWorker, (g, fingerprints[g.name], store.url), missing[g.name], g, partial(on_done, g.name))
+        Pool(GenerateWorker, (g, fingerprints[g.name], store.url), todo[g.name], g, partial(on_done, g.name))
         for g in generators
-        if missing[g.name]
+        if todo[g.name]
     ]
     engine_seconds = run_pools(pools, address)
     counts = _count(config, prompts, fingerprints, shards, store)
-    made = sum(map(len, missing.values()))
+    made = sum(map(len, todo.values()))
     work = Work(
         shards_made=made,
-        shards_reused=len(shards) * len(config.generators)
-        - len({(n, i["shard"]) for n in missing for i in missing[n]}),
+        shards_reused=len(shards) * len(config.generators) - len({(n, i["shard"]) for n in todo for i in todo[n]}),
         engine_starts=totals["engine_starts"],
         requests=totals["requests"],
         samples=totals["samples"],
@@ -70,7 +77,7 @@ def generate(
         seconds=time.monotonic() - started,
         engine_seconds=engine_seconds,
     )
-    return Completions(prompts, config.samples, fingerprints, counts, work)
+    return Completions(prompts, config.samples, fingerprints, counts, work, allotment)
 
 
 class GenerateWorker:
@@ -82,17 +89,16 @@ class GenerateWorker:
         self.loop = EngineLoop(generator_engine(config, models.local(config.model, self.store)))
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
-        prompts = await asyncio.to_thread(read_shard, self.store, item["shard"], ["prompt_id", "messages"])
+        held = Held(item["first"], item["last"], item["part"])
+        prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held, ["prompt_id", "messages"])
         ids = prompts["prompt_id"].to_pylist()
         requests = [
-            GenerationRequest(
-                messages, prompt_seed(self.fingerprint, prompt_id), item["first"], item["last"] - item["first"]
-            )
+            GenerationRequest(messages, prompt_seed(self.fingerprint, prompt_id), held.first, held.last - held.first)
             for prompt_id, messages in zip(ids, prompts["messages"].to_pylist(), strict=True)
         ]
         answers = await asyncio.wrap_future(self.loop.submit(requests))
         table = _table(ids, answers)
-        path = completions_path(self.fingerprint, item["prompts"], (item["first"], item["last"]))
+        path = completions_path(self.fingerprint, item["prompts"], held)
         await asyncio.to_thread(self.store.create_table, path, table)
         refused = [answer.reason for answer in answers if isinstance(answer, Refused)]
         given = [answer for answer in answers if isinstance(answer, Answer)]
@@ -101,7 +107,6 @@ class GenerateWorker:
             "samples": sum(len(answer.samples) for answer in given),
             "tokens": sum(sample.tokens for answer in given for sample in answer.samples),
             "final": item["final"],
-            "finished": item["rows"] if item["final"] else 0,
             "refused": len(refused),
             "example": refused[0] if refused else "",
         }
@@ -113,58 +118,32 @@ def prompt_seed(fingerprint: str, prompt_id: str) -> int:
     return int.from_bytes(raw, "little")
 
 
-def completions_path(fingerprint: str, prompts: str, samples: Range) -> str:
+def completions_path(fingerprint: str, prompts: str, held: tuple[int, int] | Held) -> str:
     """prompts: digest of the shard's prompt ids."""
-    return f"completions/{fingerprint}/{prompts}.{samples[0]}-{samples[1]}.parquet"
+    return f"completions/{fingerprint}/{prompts}.{Held(*held)}.parquet"
 
 
-def samples_in(path: str) -> Range:
-    """The range of samples that a file of completions or rewards holds."""
-    first, _, last = path.split(".")[-2].partition("-")
-    return int(first), int(last)
+def read_rows_of(store: Store, shard: str, held: Held, columns: list[str] | None = None) -> pa.Table:
+    """The prompts of a shard that a file is about."""
+    prompts = read_shard(store, shard, columns)
+    rows = rows_of(store)(held)
+    return prompts if rows is None else prompts.take(rows)
 
 
-def existing_ranges(store: Store, below: str) -> dict[str, list[Range]]:
-    """Shard -> ranges of samples that have a file below a prefix, in order."""
-    ranges = defaultdict(list)
-    for path in store.list(below):
-        ranges[path.rsplit("/", 1)[-1].partition(".")[0]].append(samples_in(path))
-    return {shard: sorted(found) for shard, found in ranges.items()}
-
-
-def missing_ranges(store: Store, fingerprint: str, shards: list[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
-    """The files to be made, as items for the workers; `final` marks the last of a shard."""
-    there = existing_ranges(store, f"completions/{fingerprint}")
-    items = []
-    for shard in shards:
-        gaps = gaps_in(there.get(shard["prompts"], []), samples)
-        for first, last in gaps:
-            names = {"shard": shard["digest"], "prompts": shard["prompts"], "rows": shard["rows"]}
-            items.append({**names, "first": first, "last": last, "final": (first, last) == gaps[-1]})
+def missing_completions(store: Store, fingerprint: str, shards: Shards) -> list[dict[str, Any]]:
+    """The files to be made, as items for the workers; `final`: how many rows have all that is wanted with it."""
+    there = existing(store, f"completions/{fingerprint}")
+    rows, items = rows_of(store), []
+    for shard, number in shards:
+        open_ = np.zeros(shard["rows"], np.bool_)
+        mine = []
+        for first, last, group in reversed(list(missing(there.get(shard["prompts"], []), number, rows))):
+            part = name_part(store, group, shard["rows"])
+            names = {"shard": shard["digest"], "prompts": shard["prompts"], "part": part, "rows": len(group)}
+            mine.append({**names, "first": first, "last": last, "final": int((~open_[group]).sum())})
+            open_[group] = True
+        items += reversed(mine)
     return items
-
-
-def gaps_in(ranges: list[Range], samples: int) -> list[Range]:
-    """The parts of 0..samples that sorted ranges leave open."""
-    gaps, reached = [], 0
-    for first, last in ranges:
-        if reached < min(first, samples):
-            gaps.append((reached, min(first, samples)))
-        reached = max(reached, last)
-    if reached < samples:
-        gaps.append((reached, samples))
-    return gaps
-
-
-def covering(ranges: list[Range], samples: int) -> list[tuple[Range, slice]]:
-    """Which of sorted ranges to read samples 0..samples-1 from, and which part of each list; no sample twice."""
-    parts, reached = [], 0
-    for first, last in ranges:
-        if first <= reached < min(last, samples):
-            parts.append(((first, last), slice(reached - first, min(last, samples) - first)))
-            reached = last
-    assert reached >= samples, f"samples from {reached} on are missing"
-    return parts
 
 
 def _table(ids: list[str], answers: list[Answer | Refused]) -> pa.Table:
@@ -187,19 +166,23 @@ def _table(ids: list[str], answers: list[Answer | Refused]) -> pa.Table:
 
 
 def _count(
-    config: GenerateConfig, prompts: PromptSet, fingerprints: dict[str, str], shards: list[dict[str, Any]], store: Store
+    config: GenerateConfig, prompts: PromptSet, fingerprints: dict[str, str], shards: Shards, store: Store
 ) -> Counts:
     """Prompts in and answered, over all generators, from the files themselves."""
     into = prompts.counts.out * len(fingerprints)
     dropped: Counter[str] = Counter()
+    rows = rows_of(store)
     for name, fingerprint in fingerprints.items():
         mine: Counter[str] = Counter()
-        there = existing_ranges(store, f"completions/{fingerprint}")
-        for shard in shards:
-            samples, _ = covering(there[shard["prompts"]], config.samples)[0]
-            refused = store.read_table(completions_path(fingerprint, shard["prompts"], samples), ["refused"])["refused"]
-            for entry in pc.value_counts(refused.drop_null()).to_pylist():
-                mine[f"refused: {entry['values'].split(':')[0]}"] += entry["counts"]
+        there = existing(store, f"completions/{fingerprint}")
+        for shard, number in shards:
+            for held, _ in cover(there[shard["prompts"]], number, rows)[0]:
+                if held.first == 0:  # an engine that refuses a prompt does so from the first sample on
+                    path = completions_path(fingerprint, shard["prompts"], held)
+                    refused = store.read_table(path, ["refused"])["refused"]
+                    for entry in pc.value_counts(refused.drop_null()).to_pylist():
+                        mine[f"refused: {entry['values'].split(':')[0]}"] += entry["counts"]
+                    break
         _check_refused(config, name, mine.total(), prompts.counts.out, str(dict(mine)))
         dropped += mine
     return Counts(into, into - dropped.total(), dict(dropped))

@@ -48,6 +48,7 @@ from tasks.store import Store
 _BLOCK = 1000  # rows between two progress reports
 _LOOKED_AT = 200  # rows, for a preview
 _WORD = re.compile(r"\w+|[^\w\s]")
+_MOST_AUTHORS = 1000  # more are no generators but a wrong column
 _NAME = "import"  # the generator that imported completions stand under
 
 
@@ -84,7 +85,7 @@ def preview(config: ImportConfig, prompts: int = 3) -> dict[str, Any]:
     count_tokens, unit = _length(config)
     groups: dict[str, dict[str, Any]] = {}
     bad: list[str] = []
-    form, columns = "", []
+    form, columns, number = "", [], 0
     for row, number in itertools.islice(read_rows(config), _LOOKED_AT):
         try:
             understood = understand(row, config)
@@ -92,7 +93,7 @@ def preview(config: ImportConfig, prompts: int = 3) -> dict[str, Any]:
             bad.append(example(number, error.reason, error.excerpt))
             continue
         assert isinstance(row, dict)
-        form, columns = form_of(row, config), list(row)
+        form, columns = form_of(row, config), [_readable(name) for name in row]
         found = groups.setdefault(understood.prompt["prompt_id"], {**understood.prompt, "completions": []})
         found["completions"] += [
             {"generator": c.generator, unit: count_tokens(c.text), "ratings": c.ratings, "text": c.text}
@@ -104,7 +105,12 @@ def preview(config: ImportConfig, prompts: int = 3) -> dict[str, Any]:
             f"{' | '.join(bad[:3]) or 'it holds none'}"
         )
     shown = list(groups.values())[:prompts]
-    return {"form": form, "columns": columns, "prompts": shown, "bad": bad, "looked_at": _LOOKED_AT}
+    return {"form": form, "columns": columns, "prompts": shown, "bad": bad, "looked_at": number}
+
+
+def _readable(name: Any) -> str:
+    """A column's name, whatever stands in it."""
+    return str(name).encode(errors="backslashreplace").decode()
 
 
 def _handle(about: dict[str, Any], work: Work) -> Rewards:
@@ -144,6 +150,11 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
             new = groups.add(understood, together="pairs" in forms)
             into, kept = into + len(understood.completions), kept + new
             dropped["duplicate"] += len(understood.completions) - new
+        if len(groups.authors) > _MOST_AUTHORS:
+            raise ConfigError(
+                f"import.columns.generator: {config.columns.generator!r} names more than {_MOST_AUTHORS:,} generators; "
+                "name the column that says who wrote a completion"
+            )
         if number % _BLOCK == 0:
             meter.add(_BLOCK)
     meter.add(max(0, into - meter.done))
@@ -281,6 +292,7 @@ class _Groups:
         )
         self.place = 0
         self.rated: set[str] = set()
+        self.authors: set[str] = set()
 
     def add(self, understood: Understood, together: bool) -> int:
         """How many of the completions are new; `together`: all or none of them, as in a pair."""
@@ -299,6 +311,7 @@ class _Groups:
                 "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?)", (number, key, self.place, json.dumps(row))
             )
             new += done.rowcount
+            self.authors.add(completion.generator)
             self.rated |= {name for name, rating in completion.ratings.items() if not isinstance(rating, str)}
         return new
 
@@ -309,7 +322,8 @@ class _Groups:
     def prompts(self) -> Iterator[dict[str, Any]]:
         """Rows of PROMPTS, each with its `completions`."""
         rows = self.db.execute(
-            "SELECT number, prompts.row, completions.row FROM prompts JOIN completions ON prompt = number "
+            # CROSS keeps this order of the two: prompt by prompt, instead of all texts through a sort.
+            "SELECT number, prompts.row, completions.row FROM prompts CROSS JOIN completions ON prompt = number "
             "ORDER BY number, place"
         )
         for _, group in itertools.groupby(rows, key=lambda row: row[0]):

@@ -6,6 +6,7 @@ A column of numbers takes 8 bytes a pair, so ten million pairs fit in memory by 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,19 @@ class PairTable:
                 if shard != at:
                     column = read_shard(self.store, shards[shard]["digest"], ["fields"])["fields"]
                     at, fields = shard, column.to_pylist()
-                yield json.loads(fields[row]).get(name.removeprefix(FIELD))
+                found = json.loads(fields[row])
+                if name.removeprefix(FIELD) not in found:
+                    kept = ", ".join(f"{FIELD}{column}" for column in found) or "none"
+                    raise ConfigError(f"pairs {self.pairs.name!r} have no {name!r}; kept columns are: {kept}")
+                yield found[name.removeprefix(FIELD)]
 
 
 def _number(value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("nan")
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _text(value: Any) -> str:

@@ -18,7 +18,10 @@ def to_prompt(row: Any, config: IngestConfig) -> dict[str, Any]:
         raise row
     if config.columns.prompt not in row:
         raise BadRow("no prompt column", f"columns: {', '.join(map(str, row))}")
-    return prompt_row(row[config.columns.prompt], row, config)
+    try:
+        return prompt_row(row[config.columns.prompt], row, config)
+    except RecursionError:
+        raise BadRow("nested too deeply", "") from None
 
 
 def prompt_row(prompt: Any, row: dict[str, Any], config: IngestConfig | ImportConfig) -> dict[str, Any]:
@@ -71,6 +74,9 @@ def _fields(row: dict[str, Any], columns: ColumnsConfig) -> str:
     if missing:
         raise BadRow("missing column", ", ".join(missing))
     try:
-        return json.dumps({name: row[name] for name in columns.keep}, allow_nan=False, default=str)
+        text = json.dumps({name: row[name] for name in columns.keep}, allow_nan=False, default=str)
     except (ValueError, RecursionError) as error:
         raise BadRow("kept column is not JSON", str(error)) from None
+    if "\\ud" in text:  # one half of a pair of these is no character
+        check_unicode(json.dumps(json.loads(text), ensure_ascii=False))
+    return text

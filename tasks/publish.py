@@ -21,12 +21,12 @@ from tasks import models
 from tasks.card import dataset_card
 from tasks.config import PublishConfig, SubsetConfig
 from tasks.explain import explain
-from tasks.generate import samples_in
 from tasks.ingest import read_shard, shards_of
 from tasks.pairtable import PairTable
 from tasks.progress import Meter, Report, silent
 from tasks.records import MESSAGES, PREFERENCES, SCHEMA_VERSION, Counts, Selection, Version, Work, digest, with_scorers
 from tasks.report import report_html
+from tasks.samples import held_by, rows_of
 from tasks.store import Store
 from tasks.subset import selection_path
 from tasks.versions import find_build, publish_folder, remember_build
@@ -83,9 +83,13 @@ def _lineage(subset: SubsetConfig, selection: Selection, store: Store) -> dict[s
             _step("subset", selection.counts),
         ],
         "length_unit": completions.length_unit,
+        "adaptive": {"ladder": list(completions.ladder), "rounds": list(completions.rounds)}
+        if completions.rounds
+        else None,
         "parents": {
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
+            "allotment": completions.allotment or None,
             "generators": generators,
             "scorers": dict(rewards.scorers),
             "pairs": selection.pairs.digest,
@@ -190,7 +194,7 @@ class _Texts:
     """Looks up prompts and completions of one shard at a time."""
 
     def __init__(self, store: Store, shards: list[dict[str, Any]]) -> None:
-        self.store, self.shards = store, shards
+        self.store, self.shards, self.rows_of = store, shards, rows_of(store)
         self.held: tuple[int, dict[str, pa.ListArray]] = (-1, {})  # a shard, and columns of its files
 
     def join(self, shard: int, pairs: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -211,9 +215,10 @@ class _Texts:
         numbers = files.indices.to_numpy()
         parts, order = [], []
         for number, file in enumerate(files.dictionary.to_pylist()):
-            mine = np.flatnonzero(numbers == number)
-            lists = self._texts(file)
-            places = lists.offsets.to_numpy()[rows[mine]] + samples[mine] - samples_in(file)[0]
+            mine, held = np.flatnonzero(numbers == number), held_by(file)
+            lists, part = self._texts(file), self.rows_of(held)
+            inside = rows[mine] if part is None else np.searchsorted(part, rows[mine])
+            places = lists.offsets.to_numpy()[inside] + samples[mine] - held.first
             parts.append(lists.values.take(pa.array(places)))
             order.append(mine)
         texts = pa.concat_arrays(parts).take(pa.array(np.argsort(np.concatenate(order))))

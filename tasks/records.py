@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -85,6 +85,8 @@ PAIRS = pa.schema(
         ("margin", pa.float64()),  # score_chosen - score_rejected: below 0 where a label says otherwise
         ("pvar", pa.float64()),
         ("pvar_error", pa.float64()),  # jackknife standard error over the prompt's samples
+        ("pvar_posterior", pa.float64()),  # shrunk towards what the data set says; mean and standard deviation
+        ("pvar_posterior_error", pa.float64()),
         ("rewards_finite", pa.int32()),  # how many rewards PVar was computed from
         ("generator_delta", pa.float64()),  # of the two generators, over all prompts that both answered
         ("disagreement", pa.float64()),  # of an ensemble's members, mean over the prompt's samples
@@ -122,6 +124,8 @@ PREFERENCES = pa.schema(
         ("margin", pa.float64()),
         ("pvar", pa.float64()),
         ("pvar_error", pa.float64()),
+        ("pvar_posterior", pa.float64()),
+        ("pvar_posterior_error", pa.float64()),
         ("rewards_finite", pa.int32()),
         ("generator_delta", pa.float64()),
         ("disagreement", pa.float64()),
@@ -187,6 +191,9 @@ class Work:
     seconds: float = 0.0  # of the stage, on the clock
     engine_seconds: float = 0.0  # from the first engine being ready to the last shard being stored
 
+    def plus(self, other: Work) -> Work:
+        return Work(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(Work)))
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -206,6 +213,9 @@ class Completions:
     generators: Mapping[str, str]  # name -> fingerprint
     counts: Counts
     work: Work = Work()
+    allotment: str = ""  # how many samples each prompt has, when not all have the same; see tasks/samples.py
+    ladder: tuple[int, ...] = ()  # of adaptive sampling: the numbers of samples that prompts stop at
+    rounds: tuple[dict[str, Any], ...] = ()  # of adaptive sampling: what each left, and what was expected of the rest
     authors: tuple[str, ...] = ()  # of imported ones: who wrote them, in order of appearance
     length_unit: str = "tokens"
 

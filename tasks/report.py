@@ -73,6 +73,8 @@ def report_html(content: dict[str, Any], highest: list[dict[str, Any]], lowest: 
         "control_words": card.control_words(control),
         "funnel": [_stage(step) for step in content.get("funnel") or []],
         "steps": [_stage(step) for step in explanation.get("steps") or []],
+        "adaptive": card.adaptive_words(content.get("adaptive")),
+        "rounds": [_round(row) for row in (content.get("adaptive") or {}).get("rounds") or []],
         "metrics": metrics,
         "charts": [metric for metric in metrics if metric["chart"] and metric["name"] in _FIRST],
         "further": [metric for metric in metrics if metric["chart"] and metric["name"] not in _FIRST],
@@ -106,6 +108,11 @@ def _environment() -> jinja2.Environment:
 def _clean(value: Any) -> Any:
     """Every value on its way into the page; what Jinja made itself is clean already."""
     return _FORBIDDEN.sub("\ufffd", value) if type(value) is str else value
+
+
+def _round(row: dict[str, Any]) -> dict[str, Any]:
+    """A round of adaptive sampling, with the share of the prompts that were sampled further after it."""
+    return {**row, "going": row["undecided"] / row["prompts"] if row["prompts"] else None}
 
 
 def _label(value: Any, length: int = _LABEL) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,11 +24,11 @@ from tasks.cluster import Pool, run_pools
 from tasks.engines import Refused, ScoringRequest, judge_engine, reward_engine
 from tasks.engines.loop import EngineLoop
 from tasks.errors import RunError
-from tasks.generate import Range, completions_path, covering, existing_ranges
-from tasks.ingest import read_shard, shards_of
+from tasks.generate import completions_path, read_rows_of
 from tasks.judge import ENDPOINT, JUDGE, Judge, Rating
 from tasks.progress import Meter, Report, silent
 from tasks.records import DIMENSION, Completions, Counts, Prompt, Rewards, Work, rewards_schema
+from tasks.samples import Held, Mask, cover, existing, rows_of, wanted_of
 from tasks.sections import ScoreConfig, ScorerConfig
 from tasks.store import Store
 
@@ -72,7 +73,7 @@ def score(
     ]
     try:
         engine_seconds = run_pools(pools, address)
-        counts = _count(config, fingerprints, files, store)
+        counts = _count(config, fingerprints, completions, store)
     except TooManyMissing:
         _forget(scorers, fingerprints, files, store)
         raise
@@ -105,9 +106,9 @@ class ScoreWorker:
             self.loop = EngineLoop(reward_engine(config, models.local(config.model, self.store)))
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
-        samples = (item["first"], item["last"])
-        source = completions_path(item["generator"], item["prompts"], samples)
-        prompts = await asyncio.to_thread(read_shard, self.store, item["shard"])
+        held = Held(item["first"], item["last"], item["part"])
+        source = completions_path(item["generator"], item["prompts"], held)
+        prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held)
         texts = (await asyncio.to_thread(self.store.read_table, source, ["texts"]))["texts"].to_pylist()
         rows = prompts.to_pylist()
         # A reward is a function of prompt and text: equal texts of one prompt are asked for once.
@@ -150,9 +151,9 @@ class ScoreWorker:
             return f"{_RAISED} {type(error).__name__}: {error}"[:500].encode(errors="backslashreplace").decode()
 
 
-def rewards_path(scorer: str, generator: str, rated: str, samples: Range) -> str:
+def rewards_path(scorer: str, generator: str, rated: str, held: tuple[int, int] | Held) -> str:
     """rated: digest of what the scorer saw of the shard's prompts (see `_path`)."""
-    return f"rewards/{scorer}/{generator}/{rated}.{samples[0]}-{samples[1]}.parquet"
+    return f"rewards/{scorer}/{generator}/{rated}.{Held(*held)}.parquet"
 
 
 def dimensions_of(config: ScorerConfig) -> list[str]:
@@ -162,21 +163,13 @@ def dimensions_of(config: ScorerConfig) -> list[str]:
 
 def files_to_rate(completions: Completions, store: Store) -> Iterator[dict[str, Any]]:
     """The files of completions that hold the wanted samples, as items for the workers."""
-    shards = shards_of(store, completions.prompts)
+    rows = rows_of(store)
     for generator in completions.generators.values():
-        there = existing_ranges(store, f"completions/{generator}")
-        for shard in shards:
-            for (first, last), part in covering(there[shard["prompts"]], shard.get("samples", completions.samples)):
-                yield {
-                    "generator": generator,
-                    "shard": shard["digest"],
-                    "prompts": shard["prompts"],
-                    "first": first,
-                    "last": last,
-                    "wanted_from": part.start,  # of the file's samples; others were made for another run
-                    "wanted_to": part.stop,
-                    "samples": shard["rows"] * (last - first),
-                }
+        there = existing(store, f"completions/{generator}")
+        for shard, number in wanted_of(store, completions):
+            for held, take in cover(there[shard["prompts"]], number, rows)[0]:
+                names = {"generator": generator, "shard": shard["digest"], "prompts": shard["prompts"]}
+                yield {**names, **held._asdict(), "samples": take.size}
 
 
 def missing_rewards(
@@ -190,7 +183,7 @@ def missing_rewards(
 def _path(scorer: ScorerConfig, fingerprint: str, item: dict[str, Any]) -> str:
     """A model sees a prompt's messages alone; a function also its source and fields, so it rates a shard's rows."""
     rated = item["shard"] if scorer.type == "function" else item["prompts"]
-    return rewards_path(fingerprint, item["generator"], rated, (item["first"], item["last"]))
+    return rewards_path(fingerprint, item["generator"], rated, Held(item["first"], item["last"], item["part"]))
 
 
 def _forget(
@@ -234,22 +227,35 @@ def _reward(outcome: Outcome) -> float | None:
     return None if isinstance(outcome, str) else outcome
 
 
-def _count(config: ScoreConfig, fingerprints: dict[str, str], files: list[dict[str, Any]], store: Store) -> Counts:
-    """Completions in and rewards out, over all scorers, from the files themselves."""
-    into, dropped = 0, Counter[str]()
+def _count(config: ScoreConfig, fingerprints: dict[str, str], completions: Completions, store: Store) -> Counts:
+    """Completions in and rewards out, over all scorers, from the files themselves; those of other runs not counted."""
+    into, dropped, rows = 0, Counter[str](), rows_of(store)
+    there = {fp: existing(store, f"completions/{fp}") for fp in completions.generators.values()}
     for scorer in config.scorers:
         name, mine, example, seen = scorer.name, 0, "", 0
-        for item in files:
-            path = _path(scorer, fingerprints[name], item)
-            column = store.read_table(path, ["reasons"])["reasons"].combine_chunks()
-            reasons = pc.list_slice(column, item["wanted_from"], item["wanted_to"]).flatten()
-            seen += len(reasons)
-            for reason in reasons.drop_null().to_pylist():
-                dropped[f"{name}: {reason.removeprefix(JUDGE).split(':')[0]}"] += 1
-                mine, example = mine + 1, reason
+        for generator in completions.generators.values():
+            for shard, number in wanted_of(store, completions):
+                for held, take in cover(there[generator][shard["prompts"]], number, rows)[0]:
+                    item = {"generator": generator, "shard": shard["digest"], "prompts": shard["prompts"]}
+                    path = _path(scorer, fingerprints[name], {**item, **held._asdict()})
+                    lists = store.read_table(path, ["reasons"])["reasons"].combine_chunks()
+                    reasons = _taken(lists, take)
+                    seen += len(reasons)
+                    for reason in reasons.drop_null().to_pylist():
+                        dropped[f"{name}: {reason.removeprefix(JUDGE).split(':')[0]}"] += 1
+                        mine, example = mine + 1, reason
         _check_missing(config, name, mine, seen, example)
         into += seen
     return Counts(into, into - sum(dropped.values()), dict(dropped))
+
+
+def _taken(lists: pa.ListArray, take: Mask) -> pa.Array:
+    """The entries of lists [rows, samples at most] that are taken."""
+    if take.all():
+        return lists.flatten()
+    lengths = pc.list_value_length(lists).fill_null(0).to_numpy()
+    there = np.arange(take.shape[1]) < lengths[:, None]
+    return lists.flatten().filter(pa.array(take[there]))
 
 
 def _check_missing(config: ScoreConfig, name: str, missing: int, of: float, example: str) -> None:

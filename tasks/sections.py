@@ -21,7 +21,7 @@ def unique(where: str, names: list[str]) -> None:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ColumnsConfig(Section):
@@ -39,7 +39,7 @@ class SourceConfig(Section):
     )
     split: str = Field("train", description="Split to take, for disk and hub.")
     limit: int = Field(0, ge=0, description="Take only the first rows; 0 takes all.")
-    max_chars: int = Field(100_000, ge=1, description="A longer prompt is quarantined.")
+    max_chars: int = Field(100_000, ge=1, description="A longer prompt, or imported completion, is quarantined.")
     max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
     shard_size: int = Field(
         256, ge=1, description="Prompts per shard, the unit of work. What was cut smaller before stays so."
@@ -127,9 +127,34 @@ class GeneratorConfig(ModelConfig):
         return self
 
 
+class AdaptiveConfig(Section):
+    """Samples in rounds: more for prompts near the cut of a subset, no more for those surely in or out."""
+
+    fraction: float = Field(0.1, gt=0, lt=1, description="Share of the prompts that the subset will take, by PVar.")
+    quality: float = Field(
+        1.0, gt=0, le=1, description="Share to keep of the mean PVar of the subset that `samples` for all would give."
+    )
+    scorer: str = Field("", description="Whose rewards decide; empty takes the first scorer.")
+    reward_scale: float | Literal["auto"] = Field(1.0, description="T of PVar, as in `pair`.")
+    ladder: list[Annotated[int, Field(ge=2, le=1024)]] = Field(
+        [3, 4, 6, 8, 12, 16, 24],
+        min_length=2,
+        description="Numbers of samples that prompts stop at; each costs a round.",
+    )
+
+    @model_validator(mode="after")
+    def _rises(self) -> AdaptiveConfig:
+        if sorted(set(self.ladder)) != self.ladder:
+            raise ValueError(f"generate.adaptive.ladder {self.ladder} must rise from step to step")
+        if self.reward_scale != "auto" and self.reward_scale <= 0:
+            raise ValueError(f"generate.adaptive.reward_scale {self.reward_scale:g} must be above 0, or auto")
+        return self
+
+
 class GenerateConfig(Section):
     samples: int = Field(8, ge=1, le=1024, description="Completions per prompt and generator.")
     generators: list[GeneratorConfig] = Field(min_length=1, description="One or more models that answer the prompts.")
+    adaptive: AdaptiveConfig | None = Field(None, description="Fewer samples for the same top subset by PVar.")
     max_refused: float = Field(0.1, ge=0, le=1, description="Stop when engines refuse a larger share of the prompts.")
 
     @model_validator(mode="after")

@@ -169,7 +169,15 @@ def _json_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
         raise ijson.JSONError("it holds no array; where each line is an object, set ingest.format to jsonl")
     if rest.head:
         for row in ijson.items(rest, "item", use_float=True):
-            yield row if isinstance(row, dict) else BadRow("not a JSON object", repr(row))
+            yield row if isinstance(row, dict) else BadRow("not a JSON object", _shown(row))
+
+
+def _shown(value: Any) -> str:
+    """ijson reads values that are nested deeper than Python can show."""
+    try:
+        return repr(value)
+    except RecursionError:
+        return "nested too deeply to be shown"
 
 
 class _Rest:

@@ -28,6 +28,7 @@ from tasks.selection import controls, ranking
 from tasks.store import Store
 
 Ints = NDArray[np.int64]
+_CONTROL, _RANDOM = 1, 2  # of draws that say nothing of how ties fell, nor of each other
 _MATCHED_ON = {"margin_matched": "margin", "length_matched": "length_difference"}
 
 
@@ -60,8 +61,8 @@ def selection_path(pairs: Pairs, selection_digest: str, what: str = "parquet") -
 
 @dataclass
 class _Taken:
-    """rows: of the pairs that are taken, in the order of taking; pool: those that the first ranking got, else all; why:
-    number of each pair's reason to be left out, -1 where it is taken; trail: what each step did."""
+    """rows: of the pairs that are taken, in the order of taking; pool: those that the first ranking got; why: number of
+    each pair's reason to be left out, -1 where it is taken; trail: what each step did."""
 
     rows: Ints
     pool: Ints
@@ -88,8 +89,9 @@ def _steps(config: SubsetConfig, table: PairTable, ids: NDArray[np.uint64]) -> _
     for step in config.steps:
         if isinstance(step, FilterStep):
             _filter(step, table, taken)
+            taken.pool = taken.pool if ranked else taken.rows
         else:
-            taken.pool, ranked = taken.pool if ranked else taken.rows, True
+            ranked = True
             _rank(step, table, taken, ranking.hashes(ids, config.seed), config.seed)
     return taken
 
@@ -112,7 +114,8 @@ def _filter(step: FilterStep, table: PairTable, taken: _Taken) -> None:
 
 def _rank(step: RankStep, table: PairTable, taken: _Taken, ties: NDArray[np.uint64], seed: int) -> None:
     rows = taken.rows
-    values = ties[rows].astype(np.float64) if step.rank == "random" else table.numbers(step.rank)[rows]
+    random = ranking.hashes(ties, _RANDOM).astype(np.float64)
+    values = (random if step.rank == "random" else table.numbers(step.rank))[rows]
     ordered = rows[ranking.order(values, ties[rows], step.keep)]
     none = rows[np.isnan(values)]
     if step.by:
@@ -135,7 +138,7 @@ def _sizes(step: RankStep, strata: dict[str, Ints], table: PairTable) -> dict[st
     if step.fraction is not None:
         return {name: ranking.size(n, step.fraction, None) for name, n in sizes.items()}
     if step.count is not None:
-        return ranking.shares(sizes, min(step.count, sum(sizes.values())), step.quotas)
+        return ranking.shares(sizes, step.count if step.quotas else min(step.count, sum(sizes.values())), step.quotas)
     assert step.tokens is not None
     tokens = (table.numbers("chosen_tokens") + table.numbers("rejected_tokens")).astype(np.int64)
     whole = sum(sizes.values())
@@ -146,23 +149,30 @@ def _sizes(step: RankStep, strata: dict[str, Ints], table: PairTable) -> dict[st
 def _control(control: str, config: SubsetConfig, table: PairTable, chosen: _Taken, ids: NDArray[np.uint64]) -> _Taken:
     """As many pairs of the subset's pool, taken in another way."""
     pool, number = chosen.pool, len(chosen.rows)
-    draws = ranking.hashes(ranking.hashes(ids, config.seed), 1)  # not those that break the subset's own ties
+    if number == len(pool):
+        raise RunError(
+            f"subset {config.name!r}: the control {control!r} would be the subset itself, since that takes its whole "
+            "pool; take less, or remove the control"
+        )
+    ties = ranking.hashes(ids, config.seed)
+    draws = ranking.hashes(ties, _CONTROL)
     match = None
     if control == "random":
         rows = pool[np.argsort(draws[pool])][:number]
     elif control == "bottom":
         step = [s for s in config.steps if isinstance(s, RankStep) and s.rank != "random"][-1]
         other = "bottom" if step.keep == "top" else "top"
-        rows = pool[ranking.order(table.numbers(step.rank)[pool], draws[pool], other)][:number]
+        rows = pool[ranking.order(table.numbers(step.rank)[pool], ties[pool], other)][:number]
     else:
         rows, match = _matched(_MATCHED_ON[control], table, chosen, draws)
-    filters = list(itertools.takewhile(lambda step: isinstance(step, FilterStep), config.steps))
-    before = len(filters) if len(filters) < len(config.steps) else 0
+    if not len(rows):
+        raise RunError(f"subset {config.name!r}: no pair has what the control {control!r} goes by; remove the control")
+    before = len(list(itertools.takewhile(lambda step: isinstance(step, FilterStep), config.steps)))
     taken = _Taken(pool, pool, chosen.why.copy(), list(chosen.reasons), chosen.trail[:before], match)
     in_pool, inside = np.zeros(table.rows, np.bool_), np.zeros(table.rows, np.bool_)
     in_pool[pool], inside[rows] = True, True
     taken.why[in_pool] = -1
-    words = f"{number:,} of the same pool: {control.replace('_', ' ')}"
+    words = f"{len(rows):,} of the same pool: {control.replace('_', ' ')}"
     taken.drop(words, {f"outside the {control.replace('_', ' ')} control": pool[~inside[pool]]}, rows)
     return taken
 
@@ -172,8 +182,9 @@ def _matched(metric: str, table: PairTable, chosen: _Taken, draws: NDArray[np.ui
     values = table.numbers(metric)
     outside = np.setdiff1d(chosen.pool, chosen.rows)
     outside = outside[~np.isnan(values[outside])]
+    outside = outside[np.argsort(draws[outside])]  # equal values fall by the draw, not by their place in the table
     targets = chosen.rows[~np.isnan(values[chosen.rows])]
-    targets = targets[np.argsort(draws[targets])]
+    targets = targets[np.lexsort((values[targets], draws[targets]))]
     rows = outside[controls.matched(values[targets], values[outside])]
     pool = values[chosen.pool]
     near = controls.close(values[targets], values[rows], pool[~np.isnan(pool)])
@@ -199,11 +210,6 @@ def _keep(config: SubsetConfig, control: str, taken: _Taken, pairs: Pairs, store
         "control": control,
     }
     name = digest(about)
-    if not len(taken.rows):
-        raise RunError(
-            f"subset {config.name!r}: no pair is left for the control {control!r}, since the subset takes its whole "
-            "pool; take less, or remove the control"
-        )
     positions = np.argsort(taken.rows)  # in the order of the pairs table, with the rank beside
     outside = np.flatnonzero(taken.why >= 0)
     reasons = pa.DictionaryArray.from_arrays(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from tasks.pair import pair
 from tasks.publish import publish
 from tasks.records import Pairs, Selection, Version, digest
 from tasks.store import Store
-from tasks.subset import selection_path, subset
+from tasks.subset import subset
 from tests.conftest import copy_store, write_jsonl
 from tests.services import ROOT
 
@@ -151,10 +152,13 @@ def test_the_report_of_a_run_says_what_each_subset_takes_shares_and_drops(long: 
     for version in long.versions.values():
         assert f"{version.name}" in shown and version.version in shown
     assert "the margin-matched control of pvar-top" in shown
-    assert "subset delta: 22 in, 19 out" in shown
-    assert "3 outside random pairs within 400 tokens (seed 0)" in shown
-    assert len([line for line in shown.splitlines() if line.rstrip().endswith(" %")]) == 20  # of 28 overlaps
-    assert "Pairs of subsets that share less: 4." in shown
+    for taken in long.selections:
+        assert f"subset {taken.name}: {taken.counts.into} in, {taken.counts.out} out" in shown
+        for reason, n in taken.counts.dropped.items():
+            assert f"{n} {reason}" in shown
+    sharing = sum(row["shared"] > 0 for row in report["overlap"])
+    assert len([line for line in shown.splitlines() if re.search(r"\d  +\d+\.\d %", line)]) == 20  # of 28, the largest
+    assert f"Pairs of subsets that share less: {sharing - 20}." in shown
 
 
 def test_show_explains_a_subset_and_what_it_shares_with_the_others(long: Run) -> None:
@@ -328,21 +332,6 @@ def test_the_command_prints_json_or_text_and_status_2_for_an_unknown_prompt(
     assert (status, json.loads(out)["pairs"][0]["rank"]) == (0, 0)
     assert "Taken" in show("--row", first)[1]
     assert show("--row", "00000000", "--json") == (2, "")
-
-
-# --- controls
-
-
-def test_controls_of_a_subset_of_filters_alone_are_drawn_from_all_pairs(tmp_path: Path) -> None:
-    values = shipped("long.yaml").model_dump(by_alias=True, mode="json")
-    window = {"name": "w", "steps": [{"filter": "pvar", "quantiles": [0.2, 0.6]}], "controls": ["random"]}
-    made = run(CurateConfig.model_validate({**values, "subset": [window]}), Store(tmp_path / "store"))
-    [subset_, control] = made.selections
-    assert (subset_.counts.into, control.counts.into) == (22, 22)
-    assert subset_.counts.out == control.counts.out == len(rows_of(made, "w"))
-    assert {row["prompt_id"] for row in rows_of(made, "w")} != {row["prompt_id"] for row in rows_of(made, "w-random")}
-    steps = made.store.read_json(selection_path(control.pairs, control.digest, "json"))["steps"]
-    assert [(step["into"], step["out"]) for step in steps] == [(22, control.counts.out)]
 
 
 # --- texts of strangers

@@ -22,16 +22,13 @@ from tasks.errors import RunError
 from tasks.generate import (
     GenerateWorker,
     completions_path,
-    covering,
-    existing_ranges,
-    gaps_in,
     generate,
-    missing_ranges,
     prompt_seed,
 )
 from tasks.ingest import ingest, read_shard, shards_of
 from tasks.models import facts_of, generator_fingerprint
 from tasks.records import COMPLETIONS, digest, text_digest
+from tasks.samples import existing
 from tasks.sections import GenerateConfig, GeneratorConfig, IngestConfig, SamplingConfig
 from tasks.store import Store
 from tests.conftest import Curated, TinyModels, copy_store, files_below, prompts, write_jsonl
@@ -67,37 +64,7 @@ def tiny_engine(models: TinyModels, **changes: Any) -> TransformersGenerator:
     return TransformersGenerator(config, config.model)
 
 
-# --- which samples
-
-
-@pytest.mark.parametrize(
-    ("ranges", "samples", "gaps"),
-    [
-        ([], 4, [(0, 4)]),
-        ([(0, 4)], 4, []),
-        ([(0, 4)], 8, [(4, 8)]),
-        ([(0, 8)], 4, []),
-        ([(4, 8)], 8, [(0, 4)]),
-        ([(0, 2), (4, 6)], 8, [(2, 4), (6, 8)]),
-        ([(0, 4), (0, 8)], 8, []),
-        ([(0, 4), (2, 6)], 8, [(6, 8)]),
-        ([(6, 8)], 4, [(0, 4)]),
-    ],
-)
-def test_only_the_missing_samples_of_a_shard_are_made(
-    ranges: list[tuple[int, int]], samples: int, gaps: list[tuple[int, int]]
-) -> None:
-    assert gaps_in(ranges, samples) == gaps
-    parts = covering(sorted([*ranges, *gaps]), samples)
-    read = [i for (first, last), part in parts for i in list(range(first, last))[part]]
-    assert read == list(range(samples))
-
-
-def test_the_last_missing_range_of_a_shard_is_marked(store: Store) -> None:
-    shards = [{"digest": "s", "prompts": "p", "rows": 16}]
-    store.create(completions_path("g", "p", (4, 8)), b"")
-    (item,) = missing_ranges(store, "g", shards, 8)
-    assert (item["first"], item["last"], item["final"]) == (0, 4, True)
+# --- seeds
 
 
 def test_seeds_differ_between_prompts_and_between_generators() -> None:
@@ -456,7 +423,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_reason(local_ray: Any
     broken = GeneratorConfig(name="broken", engine="fake", engine_args={"quality": "excellent"})
     with pytest.raises(RunError, match=r"an engine did not start: ValueError: could not convert .*'excellent'"):
         generate(GenerateConfig(samples=2, generators=[broken]), prompt_set, store)
-    assert existing_ranges(store, "completions") == {}
+    assert existing(store, "completions") == {}
 
 
 # --- fingerprints

@@ -12,9 +12,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.selection.pairing import ABSENT, KEPT, MISSING, SAME, TIE, TOO_FEW, best_vs_worst, generator_delta
+from tasks.selection.agreement import agreement
+from tasks.selection.controls import close, matched
+from tasks.selection.delta import GeneratorDelta, Moments, ensemble
+from tasks.selection.pairing import (
+    ABSENT,
+    KEPT,
+    MISSING,
+    SAME,
+    TIE,
+    TOO_FEW,
+    Choice,
+    best_vs_random,
+    best_vs_worst,
+    generator_delta,
+    labelled,
+    random_pair,
+)
 from tasks.selection.pvar import PooledScale, pvar
-from tasks.selection.ranking import hashes, order, size
+from tasks.selection.ranking import hashes, in_range, order, shares, size, uniform, within_budget
 from tasks.selection.winrate import win_rate
 
 NAN = math.nan
@@ -177,6 +193,203 @@ def test_generator_delta_drops_missing_samples_before_anything_else() -> None:
     assert generator_delta(rewards, texts, generators).reason.tolist() == [MISSING, TIE, SAME, SAME]
 
 
+def pair_by_hand(rule: str, rewards: np.ndarray, texts: np.ndarray, draws: np.ndarray) -> tuple[int, int] | None:
+    """Chosen and rejected of one prompt, with loops; None when there is no pair."""
+    rated = [i for i in range(len(rewards)) if math.isfinite(rewards[i])]
+    if rule == "random":
+        if len(rated) < 2:
+            return None
+        first, second = sorted(sorted(rated, key=lambda i: draws[i])[:2], key=lambda i: -rewards[i])
+        return None if rewards[first] == rewards[second] or texts[first] == texts[second] else (first, second)
+    best = max(rated, key=lambda i: rewards[i], default=None)
+    lower = [i for i in rated if rewards[i] < rewards[best] and texts[i] != texts[best]]
+    return (best, min(lower, key=lambda i: draws[i])) if lower else None
+
+
+ratings = st.one_of(st.integers(-2, 2).map(float), st.just(NAN))
+
+
+@given(matrices(ratings, rows=8, columns=5), st.integers(0, 2**31), st.sampled_from(["best", "random"]))
+def test_random_rules_take_what_a_loop_takes(rewards: np.ndarray, seed: int, rule: str) -> None:
+    random = np.random.default_rng(seed)
+    texts, draws = random.integers(0, 3, rewards.shape), random.random(rewards.shape)
+    choice = (best_vs_random if rule == "best" else random_pair)(rewards, texts, draws)
+    for row, reason in enumerate(choice.reason):
+        expected = pair_by_hand(rule, rewards[row], texts[row], draws[row])
+        assert (reason == KEPT) == (expected is not None)
+        if expected:
+            assert (choice.chosen[row], choice.rejected[row]) == expected
+        elif np.isfinite(rewards[row]).sum() < 2:
+            assert reason == TOO_FEW
+        else:
+            assert reason in (TIE, SAME)
+
+
+def test_the_reason_of_no_random_pair_is_that_of_the_samples() -> None:
+    rewards = np.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0, NAN], [1.0, NAN, NAN]])
+    texts = np.array([[1, 2, 3], [4, 4, 4], [5, 5, 6], [7, 8, 9]])
+    draws = np.array([[0.3, 0.1, 0.2]] * 4)
+    assert best_vs_random(rewards, texts, draws).reason.tolist() == [TIE, SAME, SAME, TOO_FEW]
+    assert random_pair(rewards, texts, draws).reason.tolist() == [TIE, SAME, SAME, TOO_FEW]
+
+
+def test_a_random_rejected_one_is_any_lower_one_equally_often() -> None:
+    prompts = 6000
+    ids = np.random.default_rng(0).integers(0, 2**63, prompts).astype(np.uint64)
+    rewards, texts = np.tile([3.0, 2.0, 1.0, 0.0], (prompts, 1)), np.tile([1, 2, 3, 4], (prompts, 1))
+    choice = best_vs_random(rewards, texts, uniform(ids, 4, seed=3))
+    counts = np.bincount(choice.rejected, minlength=4)
+    assert counts[0] == 0
+    assert np.abs(counts[1:] / prompts - 1 / 3).max() < 0.03  # five deviations
+    two = random_pair(rewards, texts, uniform(ids, 4, seed=3))
+    assert (two.chosen < two.rejected).all()
+    pairs = np.bincount(two.chosen * 4 + two.rejected, minlength=16)
+    assert np.abs(pairs[pairs > 0] / prompts - 1 / 6).max() < 0.025
+    assert (pairs > 0).sum() == 6
+
+
+@pytest.mark.parametrize("rule", [best_vs_random, random_pair])
+def test_one_sample_is_too_few_for_a_random_pair(rule: object) -> None:
+    choice = rule(np.ones((3, 1)), np.ones((3, 1), int), np.full((3, 1), 0.5))  # type: ignore[operator]
+    assert isinstance(choice, Choice)
+    assert choice.reason.tolist() == [TOO_FEW] * 3
+
+
+def test_labelled_pairs_are_samples_side_by_side_and_need_no_reward() -> None:
+    there = np.array([[0, 1, 0, 1, 0, 1], [0, 1, ABSENT, ABSENT, ABSENT, ABSENT], [ABSENT] * 6, [0, 1, 0, 1, -1, -1]])
+    texts = np.array([[1, 2, 3, 3, 5, 6], [1, 2, 0, 0, 0, 0], [0] * 6, [1, 2, 3, 4, 0, 0]])
+    rewards = np.full(there.shape, NAN)
+    rewards[3] = [1, 1, 0, 5, NAN, NAN]
+    choice = labelled(rewards, texts, there)
+    assert choice.row.tolist() == [0, 0, 0, 1, 2, 3, 3]
+    assert choice.chosen.tolist() == [0, 2, 4, 0, 0, 0, 2]
+    assert choice.rejected.tolist() == [1, 3, 5, 1, 1, 1, 3]
+    assert choice.reason.tolist() == [KEPT, SAME, KEPT, KEPT, MISSING, TIE, KEPT]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 1))
+def test_every_labelled_pair_is_one_candidate(pairs: list[int], odd: int) -> None:
+    width = 2 * max(pairs) + odd or 1
+    there = np.array([[0, 1] * n + [ABSENT] * (width - 2 * n) for n in pairs]).reshape(len(pairs), width)
+    choice = labelled(np.full(there.shape, NAN), np.arange(there.size).reshape(there.shape), there)
+    assert np.bincount(choice.row, minlength=len(pairs)).tolist() == [max(n, 1) for n in pairs]
+    assert (choice.reason == KEPT).sum() == sum(pairs)
+    assert (choice.reason == MISSING).sum() == pairs.count(0)
+
+
+# --- agreement
+
+
+def agreement_by_hand(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Kendall's tau-b by its definition with the numbers of ties, and the share of discordant pairs."""
+    both = [(a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    concordant = discordant = only_first = only_second = 0
+    for (a, b), (c, d) in itertools.combinations(both, 2):
+        product = (a - c) * (b - d)
+        concordant, discordant = concordant + (product > 0), discordant + (product < 0)
+        only_first, only_second = only_first + (a == c and b != d), only_second + (a != c and b == d)
+    decided = concordant + discordant
+    under = math.sqrt((decided + only_first) * (decided + only_second))
+    return ((concordant - discordant) / under if under else NAN, discordant / decided if decided else NAN)
+
+
+@given(matrices(ratings, columns=6), st.integers(0, 2**31))
+def test_agreement_is_kendalls_tau_b_and_the_share_turned_round(first: np.ndarray, seed: int) -> None:
+    second = np.random.default_rng(seed).integers(-2, 3, first.shape).astype(float)
+    second[np.random.default_rng(seed + 1).random(first.shape) < 0.2] = NAN
+    tau, flipped = agreement(first, second)
+    expected = np.array([agreement_by_hand(a, b) for a, b in zip(first, second, strict=True)])
+    np.testing.assert_allclose(tau, expected[:, 0], atol=1e-12)
+    np.testing.assert_allclose(flipped, expected[:, 1], atol=1e-12)
+    np.testing.assert_allclose(agreement(second, first), (tau, flipped), atol=1e-12)
+    opposite = agreement(first, -second)
+    np.testing.assert_allclose(opposite, (-tau, 1 - flipped), atol=1e-12)
+
+
+def test_agreement_of_what_cannot_be_compared_is_no_number() -> None:
+    first = np.array([[1.0, 1.0], [1.0, NAN], [1.0, 2.0], [1.0, 2.0]])
+    second = np.array([[1.0, 2.0], [1.0, 2.0], [5.0, 5.0], [1.0, 2.0]])
+    tau, flipped = agreement(first, second)
+    np.testing.assert_array_equal(tau, [NAN, NAN, NAN, 1])
+    np.testing.assert_array_equal(flipped, [NAN, NAN, NAN, 0])
+
+
+# --- whole data sets from chunks
+
+
+def chunks(rows: int, sizes: list[int]) -> list[slice]:
+    edges = np.minimum(np.cumsum([0, *sizes, rows]), rows)
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+@given(matrices(st.one_of(moderate, st.just(NAN)), rows=8), st.lists(st.integers(0, 4), max_size=6))
+def test_moments_from_chunks_are_those_of_all(rewards: np.ndarray, sizes: list[int]) -> None:
+    moments = Moments()
+    for chunk in chunks(len(rewards), sizes):
+        moments.add(rewards[chunk])
+    known = rewards[np.isfinite(rewards)]
+    assert moments.count == len(known)
+    if len(known):
+        assert moments.mean == pytest.approx(known.mean(), abs=1e-12)
+    assert moments.deviation == pytest.approx(known.std(ddof=1) if len(known) > 1 else 0.0, abs=1e-9)
+
+
+def test_moments_do_not_cancel_far_from_zero() -> None:
+    moments = Moments()
+    values = np.random.default_rng(0).normal(0, 1, 10_000)
+    for part in np.split(values + 1e9, 100):
+        moments.add(part)
+    assert moments.deviation == pytest.approx(values.std(ddof=1), rel=1e-4)
+
+
+def test_an_ensemble_is_the_mean_of_z_scores_and_needs_all_members() -> None:
+    one, other = np.array([[0.0, 2.0, 4.0]]), np.array([[30.0, NAN, 10.0]])
+    members = [Moments(), Moments()]
+    for moments, rewards in zip(members, (one, other), strict=True):
+        moments.add(rewards)
+    z = [moments.z(rewards) for moments, rewards in zip(members, (one, other), strict=True)]
+    np.testing.assert_allclose(z[0], [[-1, 0, 1]])
+    reward, apart = ensemble(z)
+    root = math.sqrt(0.5)
+    np.testing.assert_allclose(reward, [[(-1 + root) / 2, NAN, (1 - root) / 2]])
+    np.testing.assert_allclose(apart, [[(1 + root) / 2, NAN, (1 + root) / 2]])
+    flat = Moments()
+    flat.add(np.array([7.0, 7.0, NAN]))
+    np.testing.assert_array_equal(flat.z(np.array([7.0, NAN])), [0, NAN])
+
+
+def delta_by_hand(rewards: np.ndarray, authors: np.ndarray, a: int, b: int) -> tuple[float, float, int]:
+    """Mean difference of two generators over the prompts of both, its standard error, and how many these are."""
+    apart = []
+    for row, who in zip(rewards, authors, strict=True):
+        ours, theirs = ([r for r, g in zip(row, who, strict=True) if g == x and math.isfinite(r)] for x in (a, b))
+        if ours and theirs:
+            apart.append(sum(ours) / len(ours) - sum(theirs) / len(theirs))
+    if not apart:
+        return NAN, NAN, 0
+    return float(np.mean(apart)), float(np.std(apart, ddof=1) / math.sqrt(len(apart))) if apart[1:] else NAN, len(apart)
+
+
+@given(
+    matrices(st.one_of(moderate, st.just(NAN)), rows=8, columns=6),
+    st.integers(0, 2**31),
+    st.lists(st.integers(0, 4), max_size=5),
+)
+def test_generators_are_compared_over_the_prompts_of_both(rewards: np.ndarray, seed: int, sizes: list[int]) -> None:
+    authors = np.random.default_rng(seed).integers(-1, 3, rewards.shape)
+    known = GeneratorDelta(3)
+    for chunk in chunks(len(rewards), sizes):
+        known.add(rewards[chunk], authors[chunk])
+    for a, b in itertools.permutations(range(3), 2):
+        delta, error, prompts = delta_by_hand(rewards, authors, a, b)
+        assert known.delta()[a, b] == pytest.approx(delta, abs=1e-9, nan_ok=True)
+        assert known.error(a, b) == pytest.approx(error, abs=1e-5, nan_ok=True)
+        assert known.prompts[a, b] == prompts
+    for g in range(3):
+        mine = rewards[(authors == g) & np.isfinite(rewards)]
+        assert known.mean()[g] == pytest.approx(mine.mean() if len(mine) else NAN, abs=1e-9, nan_ok=True)
+
+
 # --- ranking
 
 
@@ -261,6 +474,113 @@ def test_the_size_of_a_subset_is_rounded_at_least_one_and_at_most_all(
     available: int, fraction: float | None, count: int | None, expected: int
 ) -> None:
     assert size(available, fraction, count) == expected
+
+
+strata = st.dictionaries(st.sampled_from("abcdefg"), st.integers(1, 50), min_size=1)
+
+
+@given(strata, st.integers(0, 200))
+def test_shares_by_size_add_up_and_are_within_one_of_the_exact_ones(sizes: dict[str, int], total: int) -> None:
+    whole = sum(sizes.values())
+    total = min(total, whole)
+    given_ = shares(sizes, total, {})
+    assert sum(given_.values()) == total
+    assert all(abs(given_[s] - total * n / whole) < 1 and given_[s] <= n for s, n in sizes.items())
+
+
+@given(strata, st.integers(0, 200), st.dictionaries(st.sampled_from("abcdefgxyz"), st.integers(0, 10), min_size=1))
+def test_quotas_share_out_the_total_as_far_as_strata_reach(
+    sizes: dict[str, int], total: int, parts: dict[str, int]
+) -> None:
+    whole = max(10, sum(parts.values()))
+    quotas = {s: n / whole for s, n in parts.items()}
+    given_ = shares(sizes, total, quotas)
+    assert given_.keys() == sizes.keys()
+    for s, n in given_.items():
+        exact = total * quotas.get(s, 0.0)
+        assert n == sizes[s] if exact >= sizes[s] + 1 else abs(n - min(exact, sizes[s])) < 1
+        assert n == 0 if exact == 0 else n <= sizes[s]
+    plenty = shares(dict.fromkeys(quotas, 10_000), total, quotas)
+    assert sum(plenty.values()) == round(sum(total * q for q in quotas.values()))
+
+
+@given(st.lists(st.integers(0, 20), max_size=30), st.floats(0, 300))
+def test_a_budget_takes_as_many_from_the_front_as_fit(tokens: list[int], budget: float) -> None:
+    taken = within_budget(np.array(tokens, np.int64), budget)
+    assert sum(tokens[:taken]) <= budget
+    assert taken == len(tokens) or sum(tokens[: taken + 1]) > budget
+
+
+bounds = st.none() | st.integers(-3, 3).map(float)
+
+
+@given(
+    st.lists(ratings, min_size=1, max_size=20),
+    bounds,
+    bounds,
+    st.none() | st.integers(0, 3).map(float),
+    st.none() | st.sampled_from([(0.0, 1.0), (0.25, 0.75), (0.1, 0.5), (0.0, 0.3)]),
+)
+def test_a_range_keeps_what_all_its_bounds_hold(
+    values: list[float],
+    low: float | None,
+    high: float | None,
+    within: float | None,
+    quantiles: tuple[float, float] | None,
+) -> None:
+    side = in_range(np.array(values), low, high, within, quantiles)
+    known = [v for v in values if not math.isnan(v)]
+    between = np.quantile(known, quantiles) if quantiles and known else (-math.inf, math.inf)
+    for value, where in zip(values, side, strict=True):
+        if math.isnan(value):
+            assert where == 2
+            continue
+        below = (low is not None and value < low) or (within is not None and value < -within) or value < between[0]
+        above = (high is not None and value > high) or (within is not None and value > within) or value > between[1]
+        assert (where == 0) == (not below and not above)
+        assert where != -1 or below
+        assert where != 1 or above
+
+
+def test_uniform_draws_belong_to_the_id_and_the_seed() -> None:
+    ids_ = np.random.default_rng(1).integers(0, 2**63, 4000).astype(np.uint64)
+    draws = uniform(ids_, 5, seed=9)
+    assert draws.shape == (4000, 5)
+    assert draws.min() >= 0 and draws.max() < 1
+    np.testing.assert_array_equal(uniform(ids_[::-1], 3, seed=9)[::-1], draws[:, :3])
+    assert (uniform(ids_, 5, seed=8) != draws).all()
+    np.testing.assert_allclose(draws.mean(axis=0), 0.5, atol=0.03)
+    np.testing.assert_allclose(np.corrcoef(draws.T) - np.eye(5), 0, atol=0.08)
+
+
+# --- controls
+
+
+def matched_by_hand(targets: list[float], candidates: list[float]) -> list[float]:
+    """Values of the nearest free candidates, one target after the other; of two equally near ones the smaller."""
+    free, taken = sorted(candidates), []
+    for target in targets[: len(candidates)]:
+        nearest = min(free, key=lambda value: (abs(value - target), value))
+        free.remove(nearest)
+        taken.append(nearest)
+    return taken
+
+
+halves = st.integers(-20, 20).map(lambda i: i / 2)
+
+
+@given(st.lists(halves, max_size=25), st.lists(halves, max_size=25))
+def test_matching_takes_the_nearest_free_candidate_in_turn(targets: list[float], candidates: list[float]) -> None:
+    places = matched(np.array(targets), np.array(candidates))
+    assert len(places) == min(len(targets), len(candidates)) == len(set(places.tolist()))
+    assert [candidates[i] for i in places] == matched_by_hand(targets, candidates)
+
+
+def test_matches_are_close_within_a_fifth_of_the_deviation() -> None:
+    pool = np.array([-1.0, 1.0])  # deviation 1
+    assert close(np.array([0.0, 0.0, 5.0]), np.array([0.2, -0.21]), pool) == 0.5
+    assert math.isnan(close(np.array([1.0]), np.array([]), pool))
+    assert close(np.array([3.0]), np.array([3.0]), np.array([3.0])) == 1
 
 
 # --- win rate

@@ -1,7 +1,7 @@
 """Subsets to compare a subset with, of equal size, so that what made the difference can be told.
 
-random          drawn from the pool that the rankings chose from (all pairs, where there are only filters): the baseline
-                that active selection often fails to beat (arXiv 2604.02766).
+random          drawn from the pool that the rankings chose from: the baseline that active selection often fails to beat
+                (arXiv 2604.02766).
 bottom          the other end of the last ranking's order of that pool.
 margin_matched  pairs the subset did not take whose margins are as near as possible to the subset's: with best against
                 worst PVar is almost a function of the margin, and only this control tells the two apart.
@@ -23,8 +23,8 @@ Ints = NDArray[np.int64]
 def matched(targets: Floats, candidates: Floats) -> Ints:
     """For each target in turn, the index of the nearest free candidate; [min(targets, candidates)].
 
-    targets, candidates: finite values. Of two equally near candidates the smaller value is taken, of equal values the
-    first that is left.
+    targets, candidates: finite values, in orders that say nothing. Of two equally near candidates the smaller value is
+    taken; of equal values those above a target are taken from the first on, those below from the last.
     """
     position = np.argsort(candidates, kind="stable")
     values = candidates[position]

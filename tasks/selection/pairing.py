@@ -59,7 +59,8 @@ def best_vs_random(rewards: Floats, texts: Ints, draws: Floats) -> Choice:
 def random_pair(rewards: Floats, texts: Ints, draws: Floats) -> Choice:
     """As best_vs_random; the two samples with the smallest draws, ordered by reward."""
     there = np.isfinite(rewards)
-    first, second = np.argsort(np.where(there, draws, np.inf), axis=1, kind="stable")[:, :2].T
+    drawn = np.argsort(np.where(there, draws, np.inf), axis=1, kind="stable")
+    first, second = drawn[:, 0], drawn[:, min(1, rewards.shape[1] - 1)]
     row = np.arange(len(rewards))
     swap = rewards[row, first] < rewards[row, second]
     return _by_reward(rewards, texts, there, np.where(swap, second, first), np.where(swap, first, second))

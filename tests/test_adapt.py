@@ -1,0 +1,107 @@
+"""Adaptive rounds through the stages: fewer samples, the same way on a rerun, nothing paid twice by a fixed run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks.adapt import adapt
+from tasks.config import PairingConfig, RankStep, SubsetConfig
+from tasks.generate import generate
+from tasks.ingest import ingest
+from tasks.pair import pair
+from tasks.publish import publish
+from tasks.score import score
+from tasks.store import Store
+from tasks.subset import subset
+from tasks.versions import read_manifest
+from tests.conftest import Curated, curate_config, generator, prompts, write_jsonl
+
+LADDER, FIXED, PROMPTS = [3, 12], 12, 150
+
+
+@pytest.fixture(scope="module")
+def adapted(local_ray: Any, session_folder: Path) -> Curated:
+    """150 prompts in shards of 64; fake engines; 3 samples for all, 12 for the pilot and for those near the cut."""
+    folder = session_folder / "adapted"
+    source = write_jsonl(folder / "prompts.jsonl", prompts(PROMPTS))
+    config = curate_config(
+        source,
+        ingest={"source": str(source), "shard_size": 64},
+        generate={"samples": FIXED, "generators": [generator()], "adaptive": {"ladder": LADDER, "quality": 0.97}},
+    )
+    assert config.ingest and config.generate and config.score
+    store = Store(folder / "store")
+    prompt_set = ingest(config.ingest, store)
+    completions = adapt(config.generate, config.score, prompt_set, store)
+    rewards = score(config.score, completions, store)
+    table = pair(PairingConfig(), rewards, store)
+    top = SubsetConfig(name="top", steps=[RankStep(rank="pvar_posterior", fraction=0.1)])
+    selections = subset(top, table, store)
+    version = publish(config.publish, top, selections[0], store)
+    return Curated(config, store, prompt_set, completions, rewards, [table], selections, [version])
+
+
+def pairs_of(run: Curated, digest: str) -> dict[str, dict[str, Any]]:
+    return {row["prompt_id"]: row for row in run.store.read_table(f"pairs/{digest}/pairs.parquet").to_pylist()}
+
+
+def test_prompts_stop_at_steps_of_the_ladder_and_the_rounds_say_how_many(adapted: Curated) -> None:
+    rounds = adapted.completions.rounds
+    finite = [row["rewards_finite"] for row in pairs_of(adapted, adapted.pairs[0].digest).values()]
+    assert len(finite) == PROMPTS and set(finite) == set(LADDER)
+    assert sum(finite) == rounds[-1]["completions"] == adapted.completions.work.samples < 0.8 * FIXED * PROMPTS
+    assert rounds[-1]["undecided"] == 0 and all(row["undecided"] > 0 for row in rounds[:-1])
+    assert rounds[-1]["fixed_completions"] == FIXED * PROMPTS
+    assert rounds[-1]["tokens"] == adapted.completions.work.tokens
+    assert rounds[-1]["tokens"] / rounds[-1]["completions"] == pytest.approx(
+        rounds[-1]["fixed_tokens"] / rounds[-1]["fixed_completions"], rel=0.1
+    )
+    assert adapted.rewards.counts.out == adapted.rewards.counts.into == sum(finite)
+
+
+def test_a_rerun_comes_to_the_same_allotment_without_an_engine(adapted: Curated) -> None:
+    config = adapted.config
+    assert config.generate and config.score
+    again = adapt(config.generate, config.score, adapted.prompts, adapted.store)
+    assert (again.allotment, again.rounds) == (adapted.completions.allotment, adapted.completions.rounds)
+    assert (again.work.engine_starts, again.work.samples) == (0, 0)
+
+
+def test_the_subset_tells_its_rounds_and_holds_the_texts_it_names(adapted: Curated) -> None:
+    content = read_manifest(adapted.store, adapted.versions[0])["content"]
+    assert content["adaptive"]["ladder"] == LADDER
+    assert content["adaptive"]["rounds"] == [dict(row) for row in adapted.completions.rounds]
+    place = adapted.versions[0].place
+    assert "Adaptive sampling" in adapted.store.read(f"{place}/README.md").decode()
+    assert "Rounds of sampling" in adapted.store.read(f"{place}/report.html").decode()
+    rows = adapted.store.read_table(f"{place}/data/train-00000.parquet").to_pylist()
+    assert len(rows) == 15 and {row["rewards_finite"] for row in rows} <= set(LADDER)
+    for row in rows:  # a fake completion says its reward, but for a little noise
+        for side in ("chosen", "rejected"):
+            written = float(row[side][0]["content"][1:].split("]")[0])
+            assert written == pytest.approx(row[f"score_{side}"], abs=0.6)
+
+
+def test_a_fixed_number_of_samples_afterwards_makes_only_the_others(adapted: Curated) -> None:
+    config = adapted.config
+    assert config.generate and config.score
+    completions = generate(config.generate, adapted.prompts, adapted.store)
+    assert completions.work.samples == FIXED * PROMPTS - adapted.completions.work.samples
+    rewards = score(config.score, completions, adapted.store)
+    assert rewards.work.samples == completions.work.samples
+    everything = pairs_of(adapted, pair(PairingConfig(), rewards, adapted.store).digest)
+    assert {row["rewards_finite"] for row in everything.values()} == {FIXED}
+    for name, row in pairs_of(adapted, adapted.pairs[0].digest).items():
+        if row["rewards_finite"] == FIXED:
+            assert row["pvar"] == pytest.approx(everything[name]["pvar"])
+            assert row["score_chosen"] == everything[name]["score_chosen"]
+    top = [
+        row["prompt_id"]
+        for row in adapted.store.read_table(f"{adapted.versions[0].place}/data/train-00000.parquet").to_pylist()
+    ]
+    best = sorted((row["pvar"] for row in everything.values()), reverse=True)[: len(top)]
+    assert np.mean([everything[name]["pvar"] for name in top]) > 0.85 * np.mean(best)
