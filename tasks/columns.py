@@ -26,6 +26,8 @@ from tasks.selection.delta import Moments, ensemble
 from tasks.selection.pairing import ABSENT
 from tasks.store import Store
 
+_NAMED = 20  # of many generators, in a message
+
 Floats = NDArray[np.float64]
 
 
@@ -62,7 +64,8 @@ class Columns:
         known = list(completions.authors or completions.generators)
         missing = [name for name in wanted if name not in known]
         if missing:
-            raise ConfigError(f"pair: generators: {missing[0]!r} is not one of {', '.join(known)}")
+            more = f" and {len(known) - _NAMED:,} more" if len(known) > _NAMED else ""
+            raise ConfigError(f"pair: generators: {missing[0]!r} is not one of {', '.join(known[:_NAMED])}{more}")
         self.authors = list(wanted) or known
         self.moments: dict[str, Moments] = {}
         self.generators = dict(completions.generators)

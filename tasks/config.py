@@ -110,7 +110,8 @@ Control = Literal["random", "bottom", "margin_matched", "length_matched"]
 
 def _kind_of_step(step: Any) -> str | None:
     named = step if isinstance(step, dict) else step.__dict__ if isinstance(step, Section) else {}
-    return next((kind for kind in ("filter", "rank") if kind in named), None)
+    kinds = [kind for kind in ("filter", "rank") if kind in named]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 Step = Annotated[

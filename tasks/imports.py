@@ -181,7 +181,7 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
         if rating.name not in names:
             raise ConfigError(
                 f"import.ratings: no row has a number in {rating.column or rating.name!r}, for rating {rating.name!r}; "
-                f"see `prefsieve import CONFIG --dry-run` for the columns there are. {names or ''}"
+                "see `prefsieve import CONFIG --dry-run` for the columns there are"
             )
     writer = _CompletionWriter(store, config.shard_size, generator, scorers, count_tokens)
     for prompt in groups.prompts():

@@ -27,7 +27,7 @@ from tasks.progress import Meter, Report, silent
 from tasks.records import MESSAGES, PREFERENCES, SCHEMA_VERSION, Counts, Selection, Version, Work, digest, with_scorers
 from tasks.report import report_html
 from tasks.samples import held_by, rows_of
-from tasks.store import Store
+from tasks.store import Store, parquet_options
 from tasks.subset import selection_path
 from tasks.versions import find_build, publish_folder, remember_build
 
@@ -139,7 +139,8 @@ def _write_rows(
             if used == 0:
                 if writer:
                     writer.close()
-                writer = pq.ParquetWriter(target / f"train-{file:05d}.parquet", table.schema, compression="zstd")
+                options = parquet_options(table.schema)
+                writer = pq.ParquetWriter(target / f"train-{file:05d}.parquet", table.schema, **options)
             piece, table = table.slice(0, config.rows_per_file - used), table.slice(config.rows_per_file - used)
             assert writer
             writer.write_table(piece)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,37 +114,47 @@ def _filter(step: FilterStep, table: PairTable, taken: _Taken) -> None:
 
 
 def _rank(step: RankStep, table: PairTable, taken: _Taken, ties: NDArray[np.uint64], seed: int) -> None:
-    rows = taken.rows
-    random = ranking.hashes(ties, _RANDOM).astype(np.float64)
-    values = (random if step.rank == "random" else table.numbers(step.rank))[rows]
-    ordered = rows[ranking.order(values, ties[rows], step.keep)]
-    none = rows[np.isnan(values)]
+    if step.rank == "random":
+        values = ranking.hashes(ties[taken.rows], _RANDOM).astype(np.float64)
+    else:
+        values = table.numbers(step.rank)[taken.rows]
+    known = ~np.isnan(values)
+    none, rows, values = taken.rows[~known], taken.rows[known], values[known]
+    hashes = ties[rows]
+    picked = [np.empty(0, np.int64)]
+    for at, number in _strata(step, table, rows, values, hashes):
+        picked.append(at[ranking.best(values[at], hashes[at], number, step.keep)])
+    inside = np.concatenate(picked)
+    inside = inside[ranking.order(values[inside], hashes[inside], step.keep)]
+    outside = np.ones(len(rows), np.bool_)
+    outside[inside] = False
+    words = describe_step(step.model_dump(), seed)
+    taken.drop(words, {f"no {step.rank}": none, f"outside {words}": rows[outside]}, rows[inside])
+
+
+def _strata(
+    step: RankStep, table: PairTable, rows: Ints, values: NDArray[np.float64], hashes: NDArray[np.uint64]
+) -> Iterator[tuple[Ints, int]]:
+    """Which of the rows a step ranks together, by their place, and how many of them it takes."""
+    strata = {"": np.arange(len(rows))}
     if step.by:
         numbers, names = table.texts(step.by)
-        strata = {name: ordered[numbers[ordered] == i] for i, name in enumerate(names)}
-    else:
-        strata = {"": ordered}
-    sizes = _sizes(step, {name: stratum for name, stratum in strata.items() if len(stratum)}, table)
-    inside = np.zeros(table.rows, np.bool_)
-    for name, number in sizes.items():
-        inside[strata[name][:number]] = True
-    inside = inside[ordered]
-    words = describe_step(step.model_dump(), seed)
-    taken.drop(words, {f"no {step.rank}": none, f"outside {words}": ordered[~inside]}, ordered[inside])
-
-
-def _sizes(step: RankStep, strata: dict[str, Ints], table: PairTable) -> dict[str, int]:
-    """How many of each stratum to take."""
-    sizes = {name: len(rows) for name, rows in strata.items()}
-    if step.fraction is not None:
-        return {name: ranking.size(n, step.fraction, None) for name, n in sizes.items()}
-    if step.count is not None:
-        return ranking.shares(sizes, step.count if step.quotas else min(step.count, sum(sizes.values())), step.quotas)
-    assert step.tokens is not None
-    tokens = (table.numbers("chosen_tokens") + table.numbers("rejected_tokens")).astype(np.int64)
+        strata = {name: np.flatnonzero(numbers[rows] == i) for i, name in enumerate(names)}
+    sizes = {name: len(at) for name, at in strata.items() if len(at)}
     whole = sum(sizes.values())
-    budget = {n: step.tokens * (step.quotas.get(n, 0.0) if step.quotas else sizes[n] / whole) for n in sizes}
-    return {name: ranking.within_budget(tokens[rows], budget[name]) for name, rows in strata.items()}
+    if step.count is not None:
+        count = step.count if step.quotas else min(step.count, whole)
+        sizes = ranking.shares(sizes, count, step.quotas)
+    for name, size in sizes.items():
+        at = strata[name]
+        if step.fraction is not None:
+            size = ranking.size(len(at), step.fraction, None)
+        if step.tokens is not None:
+            tokens = (table.numbers("chosen_tokens") + table.numbers("rejected_tokens"))[rows[at]].astype(np.int64)
+            ordered = tokens[ranking.order(values[at], hashes[at], step.keep)]
+            share = step.quotas.get(name, 0.0) if step.quotas else size / whole
+            size = ranking.within_budget(ordered, step.tokens * share)
+        yield at, size
 
 
 def _control(control: str, config: SubsetConfig, table: PairTable, chosen: _Taken, ids: NDArray[np.uint64]) -> _Taken:

@@ -169,6 +169,9 @@ def test_an_ensemble_of_what_is_not_there_is_refused(store: Store, tmp_path: Pat
     unknown = {"name": "x", "rule": "generator_delta", "generators": ["m", "z"]}
     with pytest.raises(ConfigError, match="pair: generators: 'z' is not one of m, n, o, p"):
         tables_of(config_of(tmp_path, rows, pair=[unknown], subset=[{"name": "s", "steps": STEPS}]), store)
+    crowd = [{**row, "generator": f"g{i}"} for i, row in enumerate(rated(10))]
+    with pytest.raises(ConfigError, match=r"'m' is not one of g0, .*, g19 and 20 more$"):
+        tables_of(config_of(tmp_path, crowd, pair=[unknown], subset=[{"name": "s", "steps": STEPS}]), store)
 
 
 STEPS = [{"rank": "margin", "count": 1}]

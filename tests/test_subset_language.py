@@ -374,6 +374,7 @@ def curate_with(step: dict[str, Any], **changes: Any) -> CurateConfig:
         ({"filter": "pvar", "min": 2, "max": 1}, "min 2 is above max 1"),
         ({"filter": "pvar", "quantiles": [0.8, 0.2]}, r"quantiles \[0.8, 0.2\] must rise within 0 and 1"),
         ({"keep": "top"}, "a step is `filter: METRIC` with"),
+        ({"rank": "pvar", "filter": "margin", "count": 1}, "a step is `filter: METRIC` with"),
         ({"filter": "pvar", "max": math.inf}, "finite number"),
     ],
 )
