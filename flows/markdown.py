@@ -1,18 +1,57 @@
-"""Reports as markdown, for the terminal and for Prefect's artifacts alike: plain functions from a report to text."""
+"""Reports as markdown, for the terminal and for Prefect's artifacts alike: plain functions from a report to text.
+
+What is long stands in lists, a line each, since a terminal squeezes the columns of a wide table.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tasks.card import dropped_words, selection_words
+from flows.explained import cut, explained, funnel, overlap_lines, pairing_lines, plain, short, table
+from tasks.card import adaptive_words, dropped_words, selection_words
+from tasks.describe import number
 from tasks.progress import duration
 
 
 def curate_markdown(report: dict[str, Any]) -> str:
     """The report of a curate run, for people."""
-    parts = ["# Published subsets", "", *table(report["subsets"]), "", "# What was dropped, and the work done", ""]
-    stages = [{**row, "dropped": dropped_words(row["dropped"])} for row in report["stages"]]
-    return "\n".join([*parts, *table(stages), "", f"Store: `{report['store']}`", ""])
+    stages = [{name: row.get(key) for name, key in _WORK.items()} for row in report["stages"]]
+    lost = [{**row, "into": row["in"]} for row in report["stages"] if row["dropped"]]
+    return "\n".join(
+        [
+            "# Published subsets",
+            "",
+            *_subset_lines(report["subsets"]),
+            "",
+            *overlap_lines(report["overlap"]),
+            "# Work done",
+            "",
+            *table(stages),
+            "",
+            *(["# What was dropped", "", *funnel(lost), ""] if lost else []),
+            f"Store: `{report['store']}`. Each subset's folder there has a `report.html`.",
+            "",
+        ]
+    )
+
+
+_WORK = {
+    "stage": "stage",
+    "in": "in",
+    "out": "out",
+    "engines": "engine_starts",
+    "requests": "requests",
+    "tokens": "tokens",
+    "shards": "shards_made",
+    "reused": "shards_reused",
+    "seconds": "seconds",
+}
+
+
+def _subset_lines(subsets: list[dict[str, Any]]) -> list[str]:
+    """A table of their numbers, then what each takes."""
+    numbers = [{key: value for key, value in row.items() if key not in ("selection", "pairing")} for row in subsets]
+    return [*table(numbers), "", *(f"- **{row['name']}**: {plain(row['selection'])}" for row in subsets)]
 
 
 def train_markdown(report: dict[str, Any]) -> str:
@@ -44,7 +83,7 @@ def evaluate_markdown(report: dict[str, Any]) -> str:
             f"# {report['policy']} against {report['reference']}",
             "",
             f"{report['prompts']:,} held-out prompts, {report['samples']} samples each. Mean length "
-            f"{_number(tokens['policy'])} against {_number(tokens['reference'])} tokens.",
+            f"{number(tokens['policy'])} against {number(tokens['reference'])} tokens.",
             "",
             *table(rows),
             "",
@@ -68,45 +107,23 @@ def _comparison(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a markdown table; the columns are the first row's keys."""
-    if not rows:
-        return ["(none)"]
-    header = list(rows[0])
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(_cell(row.get(name)) for name in header) + " |" for row in rows]
-    return lines
-
-
-def _cell(value: Any) -> str:
-    return _number(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def preview_markdown(result: dict[str, Any]) -> str:
     """How the first rows of a source are understood."""
     lines = [f"# Understood as form `{result['form']}`", "", f"Columns of a row: {', '.join(result['columns'])}", ""]
     for prompt in result["prompts"]:
         lines += [
-            f"## {_short(prompt['messages'], 200)}",
+            f"## {short(prompt['messages'], 200)}",
             "",
             f"Source {prompt['source']}, {len(prompt['messages'])} messages.",
             "",
         ]
         rows = [
-            {**{k: v for k, v in c.items() if k not in ("ratings", "text")}, **c["ratings"], "text": _cut(c["text"])}
+            {**{k: v for k, v in c.items() if k not in ("ratings", "text")}, **c["ratings"], "text": cut(c["text"])}
             for c in prompt["completions"]
         ]
         lines += [*table(rows), ""]
     if result["bad"]:
-        lines += ["## Rows that cannot be used", "", *(f"- {_cut(bad, 200)}" for bad in result["bad"][:10]), ""]
+        lines += ["## Rows that cannot be used", "", *(f"- {cut(bad, 200)}" for bad in result["bad"][:10]), ""]
     lines += [f"From the first {result['looked_at']} rows; nothing was written.", ""]
     return "\n".join(lines)
 
@@ -135,30 +152,76 @@ def import_markdown(result: dict[str, Any]) -> str:
 
 
 def subsets_markdown(result: dict[str, Any]) -> str:
-    """The list of published subsets."""
-    rows = [{**row, "latest": "yes" if row["latest"] else ""} for row in result["subsets"]]
-    return "\n".join([*table(rows), "", f"Store: `{result['store']}`", ""])
+    """The list of published subsets, and what the latest of each name takes."""
+    rows = [
+        {**row, "latest": "yes" if row["latest"] else "", "created": row["created"][:16]} for row in result["subsets"]
+    ]
+    numbers = [{key: value for key, value in row.items() if key != "selection"} for row in rows]
+    latest = [f"- **{row['name']}**: {plain(row['selection'])}" for row in rows if row["latest"]]
+    return "\n".join([*table(numbers), "", *latest, "", f"Store: `{result['store']}`", ""])
 
 
 def show_markdown(result: dict[str, Any]) -> str:
-    """One subset: numbers, funnel, lineage, first rows."""
+    """One subset: how it came about, what sets it apart, what it shares with others, its first rows."""
     content = result["manifest"]["content"]
-    funnel = [{**step, "dropped": dropped_words(step["dropped"])} for step in content["funnel"]]
-    numbers = [{key.removeprefix("mean_"): value for key, value in content["summary"].items()}]
+    stages = [step for step in content["funnel"] if step["stage"] != "subset" or not content.get("explanation")]
     lines = [
         f"# {result['name']}@{result['version']}",
         "",
-        f"Takes {selection_words(content)}.",
+        f"{number(content['summary']['rows'])} pairs: {plain(selection_words(content))}.",
         "",
-        *table(numbers),
+        *explained(content),
+        "## How the pairs were made",
+        "",
+        *pairing_lines(content.get("pairing") or {}),
+        *funnel(stages),
+        "",
+        *([plain(adaptive_words(content["adaptive"])), ""] if content.get("adaptive") else []),
+        *overlap_lines(result["overlap"], alone=True),
+        "## First rows",
+        "",
     ]
-    lines += ["", "## How it came about", "", *table(funnel), "", "## First rows", ""]
     for row in result["examples"]:
-        lines += [f"- **prompt** {_short(row['prompt'])}"]
-        lines += [f"  - **chosen** ({_number(row['score_chosen'])}) {_short(row['chosen'])}"]
-        lines += [f"  - **rejected** ({_number(row['score_rejected'])}) {_short(row['rejected'])}"]
-    lines += ["", f"Files: `{result['place']}`", ""]
+        lines += [f"- `{row['prompt_id'][:12]}` **prompt** {short(row['prompt'])}"]
+        lines += [f"  - **chosen** ({number(row['score_chosen'])}) {short(row['chosen'])}"]
+        lines += [f"  - **rejected** ({number(row['score_rejected'])}) {short(row['rejected'])}"]
+    lines += [
+        "",
+        f"Why is a prompt in or out? `prefsieve show {result['name']} --row ID`, by its prompt_id.",
+        "",
+        f"Files, with a report to look at, report.html: `{result['place']}`",
+        "",
+    ]
     return "\n".join(lines)
+
+
+def why_markdown(result: dict[str, Any]) -> str:
+    """Why a prompt's pair is in a subset, or out."""
+    lines = [f"# Prompt `{result['prompt_id']}` and {result['name']}@{result['version']}", ""]
+    for name, text in (result["texts"] or {}).items():
+        lines += [f"- **{name}** {plain(cut(text, 300))}"]
+    for pair in result["pairs"]:
+        writers = f"{plain(pair['chosen_generator'])} over {plain(pair['rejected_generator'])}"
+        if pair["taken"]:
+            by = f" by {result['ranked_by']}" if result["ranked_by"] else ""
+            words = f"**Taken**: at place {pair['rank'] + 1:,} of {result['of']:,}{by}"
+        else:
+            step = f", at the step *{plain(pair['step'])}*" if pair["step"] else ""
+            reason = pair["reason"].removesuffix(f" ({pair['step']})")
+            words = f"**Left out**{step}: {plain(reason)}"
+        means = result["means"]
+        rows = [
+            {"metric": name, "this pair": value, "mean inside": of["inside"], "mean outside": of["outside"]}
+            for name, value in pair["metrics"].items()
+            if (of := means.get(name) or ({"inside": None, "outside": None} if value is not None else None))
+        ]
+        lines += ["", f"{words} ({writers}).", "", *table(rows)]
+    if result["dropped"]:
+        pvar = result["dropped"]["pvar"]
+        known = "" if pvar is None else f" (its pvar: {number(pvar)})"
+        more = "Another of its candidates was no pair" if result["pairs"] else "**No pair** was made of it"
+        lines += ["", f"{more}: {plain(result['dropped']['reason'])}{known}."]
+    return "\n".join([*lines, ""])
 
 
 def verify_markdown(result: dict[str, Any]) -> str:
@@ -175,13 +238,29 @@ def doctor_markdown(result: dict[str, Any]) -> str:
 
 
 def plan_markdown(result: dict[str, Any]) -> str:
-    """What a run would do."""
-    return "\n".join(["# Dry run", "", *table(result["checks"]), "", "## Work to do", "", *table(result["work"])])
+    """What a run would do; and the subsets, where all rewards are there."""
+    lines = ["# Dry run", "", *table(result["checks"]), "", "## Work to do", "", *table(result["work"]), ""]
+    if "subsets" not in result:
+        return "\n".join(lines)
+    for pairing in result["pairings"]:
+        lines += [f"## Pairs {pairing['name']}", "", *pairing_lines(pairing), *funnel([pairing]), ""]
+    for subset in result["subsets"]:
+        if subset["explanation"]["control"]:
+            continue
+        controls = {
+            other["name"]: other["explanation"]
+            for other in result["subsets"]
+            if (control := other["explanation"]["control"]) and control["of"] == subset["name"]
+        }
+        told = {"explanation": subset["explanation"], "length_unit": result["length_unit"]}
+        words = selection_words(told)
+        lines += [f"## {subset['name']}: {subset['pairs']:,} pairs", "", f"{plain(words[:1].upper() + words[1:])}.", ""]
+        lines += explained(told, controls)
+    return "\n".join([*lines, *overlap_lines(result["overlap"]), "Nothing was written.", ""])
 
 
 def demo_markdown(result: dict[str, Any]) -> str:
     """The demo: the subsets, the policy, and whether training helped."""
-    subsets = [{key: value for key, value in row.items() if key != "pairing"} for row in result["curate"]["subsets"]]
     rows = []
     for run in result["runs"]:
         for scorer, compared in run["evaluate"]["scorers"].items():
@@ -190,7 +269,7 @@ def demo_markdown(result: dict[str, Any]) -> str:
         [
             "# Subsets",
             "",
-            *table(subsets),
+            *_subset_lines(result["curate"]["subsets"]),
             "",
             "# Policies, trained by DPO, against the model they started from",
             "",
@@ -201,12 +280,3 @@ def demo_markdown(result: dict[str, Any]) -> str:
             "",
         ]
     )
-
-
-def _short(messages: list[dict[str, str]], length: int = 100) -> str:
-    return _cut(" ".join(message["content"] for message in messages), length)
-
-
-def _cut(text: str, length: int = 100) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[:length] + " ..."

@@ -8,12 +8,17 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from tasks import imports
 from tasks.card import selection_words
 from tasks.config import CurateConfig
+from tasks.errors import ConfigError, RunError
+from tasks.explain import overlaps
+from tasks.pair import id_bits
 from tasks.progress import Progress
 from tasks.records import Counts, Version
 from tasks.sections import ImportConfig
@@ -40,7 +45,7 @@ def list_subsets(store: Store) -> dict[str, Any]:
 
 
 def show_subset(store: Store, wanted: str, examples: int = 3) -> dict[str, Any]:
-    """One subset's manifest and the first rows of its first file."""
+    """One subset's manifest, what it shares with the others, and the first rows of its first file."""
     version = find_version(store, wanted)
     manifest = read_manifest(store, version)
     files = [file["path"] for file in manifest["content"]["files"] if file["path"].endswith(".parquet")]
@@ -50,8 +55,33 @@ def show_subset(store: Store, wanted: str, examples: int = 3) -> dict[str, Any]:
         "version": version.version,
         "place": store.full(version.place),
         "manifest": manifest,
+        "overlap": _overlap(store, version),
         "examples": list(rows),
     }
+
+
+def _overlap(store: Store, version: Version) -> list[dict[str, Any]]:
+    """How many prompts a subset shares with the latest version of each other name; that of a damaged one is unknown."""
+    mine = _prompts(store, version)
+    rows = []
+    for name in sorted({path.split("/")[1] for path in store.list("subsets")} - {version.name}):
+        try:
+            other = find_version(store, name)
+            rows += overlaps({str(version): mine, str(other): _prompts(store, other)})
+        except (ConfigError, RunError, FileNotFoundError) as error:
+            rows.append({"subset": str(version), "other": name, "shared": None, "of_smaller": None, "why": str(error)})
+    return rows
+
+
+def _prompts(store: Store, version: Version) -> NDArray[np.uint64]:
+    """64 bits of each different prompt id."""
+    files = [file["path"] for file in read_manifest(store, version)["content"]["files"]]
+    columns = [
+        id_bits(store.read_table(f"{version.place}/{file}", ["prompt_id"])["prompt_id"])
+        for file in files
+        if file.endswith(".parquet")
+    ]
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *columns]))
 
 
 def import_source(config: CurateConfig) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flows.markdown import show_markdown
+from flows.shelf import show_subset
+from flows.why import why
 from tasks.adapt import adapt
 from tasks.config import PairingConfig, RankStep, SubsetConfig
 from tasks.generate import generate
@@ -18,7 +21,7 @@ from tasks.score import score
 from tasks.store import Store
 from tasks.subset import subset
 from tasks.versions import read_manifest
-from tests.conftest import Curated, curate_config, generator, prompts, write_jsonl
+from tests.conftest import Curated, curate_config, generator, prompts, read_rows, write_jsonl
 
 LADDER, FIXED, PROMPTS = [3, 12], 12, 150
 
@@ -105,3 +108,14 @@ def test_a_fixed_number_of_samples_afterwards_makes_only_the_others(adapted: Cur
     ]
     best = sorted((row["pvar"] for row in everything.values()), reverse=True)[: len(top)]
     assert np.mean([everything[name]["pvar"] for name in top]) > 0.85 * np.mean(best)
+
+
+def test_why_finds_the_texts_of_prompts_whose_samples_lie_in_files_of_some_prompts(adapted: Curated) -> None:
+    [version] = adapted.versions
+    rows = read_rows(Path(adapted.store.full(version.place)) / "data")
+    for row in rows:
+        told = why(adapted.store, version.name, row["prompt_id"])
+        assert told["pairs"][0]["rank"] == row["rank"]
+        for side in ("prompt", "chosen", "rejected"):
+            assert told["texts"][side] == row[side][0]["content"]
+    assert "Adaptive sampling: " in show_markdown(show_subset(adapted.store, version.name))

@@ -298,7 +298,7 @@ def test_show_tells_what_a_subset_holds(cli: Command, fake_run: Curated) -> None
 def test_verify_passes_and_fails_by_its_exit_status(cli: Command, fake_run: Curated, tmp_path: Path) -> None:
     store = copy_store(fake_run.store, tmp_path / "store")
     good = cli("verify", "top", "--store", store.url, "--json")
-    assert (good.status, good.json["problems"], good.json["files"]) == (0, [], 2)
+    assert (good.status, good.json["problems"], good.json["files"]) == (0, [], 3)
     readme = Path(store.full(f"{fake_run.versions[0].place}/README.md"))
     readme.write_bytes(readme.read_bytes() + b" ")
     bad = cli("verify", "top", "--store", store.url, "--json")

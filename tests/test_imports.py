@@ -13,7 +13,8 @@ PROGRAMS = {
     "parsing every shipped configuration": """
 from flows.cli import load_values, parse, FLOWS
 for path in Path("configs").rglob("*.yaml"):
-    flow = next(part for part in (path.stem, *path.stem.split("-")) if part in FLOWS)
+    parts = ["curate"] if path.parent.name == "import" else path.stem.split("-")
+    flow = next(part for part in parts if part in FLOWS)
     parse(flow, load_values(path, [], ""), path)
 """,
     "selecting": """
