@@ -12,6 +12,7 @@ import json
 import keyword
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -328,12 +329,17 @@ def _print(as_json: bool, result: Any, markdown: str) -> None:
     import flows.markdown
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(Markdown(getattr(flows.markdown, markdown)(result)))
+    console.print(Markdown(_printable(getattr(flows.markdown, markdown)(result))))
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"prefsieve: {message}", file=sys.stderr)
+    print(f"prefsieve: {_printable(message)}", file=sys.stderr)
     sys.exit(status)
+
+
+def _printable(text: str) -> str:
+    """Without what would command a terminal: names and texts come from strangers."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 if __name__ == "__main__":

@@ -109,23 +109,26 @@ def _comparison(result: dict[str, Any]) -> dict[str, Any]:
 
 def preview_markdown(result: dict[str, Any]) -> str:
     """How the first rows of a source are understood."""
-    lines = [f"# Understood as form `{result['form']}`", "", f"Columns of a row: {', '.join(result['columns'])}", ""]
+    lines = [f"# Understood as form `{result['form']}`", "", f"Columns of a row: {plain(', '.join(result['columns']))}", ""]
     for prompt in result["prompts"]:
         lines += [
             f"## {short(prompt['messages'], 200)}",
             "",
-            f"Source {prompt['source']}, {len(prompt['messages'])} messages.",
+            f"Source {plain(prompt['source'])}, {len(prompt['messages'])} messages.",
             "",
         ]
-        rows = [
-            {**{k: v for k, v in c.items() if k not in ("ratings", "text")}, **c["ratings"], "text": cut(c["text"])}
-            for c in prompt["completions"]
-        ]
-        lines += [*table(rows), ""]
+        lines += [*table([_completion(one) for one in prompt["completions"]]), ""]
     if result["bad"]:
-        lines += ["## Rows that cannot be used", "", *(f"- {cut(bad, 200)}" for bad in result["bad"][:10]), ""]
+        lines += ["## Rows that cannot be used", "", *(f"- {plain(cut(bad, 200))}" for bad in result["bad"][:10]), ""]
     lines += [f"From the first {result['looked_at']} rows; nothing was written.", ""]
     return "\n".join(lines)
+
+
+def _completion(one: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table: who wrote it, its length, its ratings, its beginning."""
+    about = {name: value for name, value in one.items() if name not in ("ratings", "text")}
+    cells = {**about, **one["ratings"], "text": cut(one["text"])}
+    return {name: plain(value) if isinstance(value, str) else value for name, value in cells.items()}
 
 
 def import_markdown(result: dict[str, Any]) -> str:
@@ -141,7 +144,7 @@ def import_markdown(result: dict[str, Any]) -> str:
             f"# Imported {result['source']}{again}",
             "",
             f"{result['prompts']:,} prompts; ratings: {', '.join(ratings['names']) or 'none'}; "
-            f"{len(result['generators']):,} generators: {', '.join(result['generators'])}.",
+            f"{len(result['generators']):,} generators: {plain(', '.join(result['generators']))}.",
             "",
             *table(rows),
             "",

@@ -86,6 +86,8 @@ def control_words(control: dict[str, Any] | None) -> str:
         words += f"; {share(control['close'])} of its pairs are close matches"
         if control["close"] < _CLOSE:
             words += f", so a part of the difference in {matched or 'what was matched'} remains"
+    if control.get("pairs") is not None:
+        words += f"; {control['pairs']:,} pairs against {control['target_pairs']:,} there, for no more were left"
     return words + "."
 
 

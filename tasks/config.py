@@ -212,12 +212,19 @@ class CurateConfig(RunConfig):
             raise ValueError(
                 "`ingest` needs `generate` and `score`: models that answer the prompts, and what rates them"
             )
-        if self.generate and self.generate.adaptive:
-            _known("generate.adaptive: scorer", self.generate.adaptive.scorer or self.scorers[0], self.scorers)
-            if len(self.generate.generators) > 1:
-                raise ValueError("generate.adaptive: give one generator; PVar is over the samples of one policy")
         if self.import_ and self.generate:
             raise ValueError("`import` brings its completions along; remove `generate`, or import prompts by `ingest`")
+        if self.generate and self.generate.adaptive and self.score:
+            scorers = {scorer.name: scorer for scorer in self.score.scorers}
+            name = self.generate.adaptive.scorer or next(iter(scorers))
+            _known("generate.adaptive: scorer", name, list(scorers))
+            if scorers[name].type == "judge" and scorers[name].judge.mode == "pairwise":
+                raise ValueError(
+                    f"generate.adaptive: scorer {name!r} compares within a round only, so rounds cannot go by it; use "
+                    "mode: pointwise, or another scorer"
+                )
+            if len(self.generate.generators) > 1:
+                raise ValueError("generate.adaptive: give one generator; PVar is over the samples of one policy")
         return self
 
     @property
@@ -342,6 +349,8 @@ class EvaluateConfig(RunConfig):
 
     @model_validator(mode="after")
     def _references(self) -> EvaluateConfig:
+        if self.generate.adaptive:
+            raise ValueError("generate.adaptive is for curate; an evaluation takes the same samples of every prompt")
         names = [generator.name for generator in self.generate.generators]
         _known("evaluate: policy", self.evaluate.policy, names)
         _known("evaluate: reference", self.evaluate.reference, names)

@@ -176,13 +176,12 @@ def _count(
         mine: Counter[str] = Counter()
         there = existing(store, f"completions/{fingerprint}")
         for shard, number in shards:
-            for held, _ in cover(there[shard["prompts"]], number, rows)[0]:
+            for held, take in cover(there[shard["prompts"]], number, rows)[0]:
                 if held.first == 0:  # an engine that refuses a prompt does so from the first sample on
                     path = completions_path(fingerprint, shard["prompts"], held)
-                    refused = store.read_table(path, ["refused"])["refused"]
+                    refused = store.read_table(path, ["refused"])["refused"].filter(pa.array(take[:, 0]))
                     for entry in pc.value_counts(refused.drop_null()).to_pylist():
                         mine[f"refused: {entry['values'].split(':')[0]}"] += entry["counts"]
-                    break
         _check_refused(config, name, mine.total(), prompts.counts.out, str(dict(mine)))
         dropped += mine
     return Counts(into, into - dropped.total(), dict(dropped))

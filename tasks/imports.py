@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def known_import(config: ImportConfig, store: Store) -> Rewards | None:
     if not store.exists(pointer(inputs)):
         return None
     about = store.read_json(pointer(inputs))
-    check_share(config, Counts(**about["counts"]), lambda: examples_of(store, inputs))
+    check_share(config, Counts(**about["rows"]), lambda: examples_of(store, inputs))
     return _handle(about, Work(shards_reused=about["shards"]))
 
 
@@ -131,16 +132,15 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
     """Import everything; what is known about it, and a local file with the quarantined rows."""
     quarantine = Quarantine(folder / "quarantine.parquet")
     groups = _Groups(folder / "groups.sqlite")
-    dropped: Counter[str] = Counter()
+    bad_rows: Counter[str] = Counter()
     examples: list[str] = []
-    into = kept = 0
+    into = kept = number = 0  # completions; number: rows
     forms: set[str] = set()
     for row, number in read_rows(config):
         try:
             understood = understand(row, config)
         except BadRow as bad:
-            into += 1
-            dropped[bad.reason] += 1
+            bad_rows[bad.reason] += 1
             quarantine.add(number, bad)
             if len(examples) < 3:
                 examples.append(example(number, bad.reason, bad.excerpt))
@@ -149,7 +149,6 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
             forms.add(form_of(row, config))
             new = groups.add(understood, together="pairs" in forms)
             into, kept = into + len(understood.completions), kept + new
-            dropped["duplicate"] += len(understood.completions) - new
         if len(groups.authors) > _MOST_AUTHORS:
             raise ConfigError(
                 f"import.columns.generator: {config.columns.generator!r} names more than {_MOST_AUTHORS:,} generators; "
@@ -157,13 +156,15 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
             )
         if number % _BLOCK == 0:
             meter.add(_BLOCK)
-    meter.add(max(0, into - meter.done))
+    meter.add(max(0, into + bad_rows.total() - meter.done))
     if "pairs" in forms and len(forms) > 1:
         raise ConfigError(
             f"import.source {config.source!r} holds pairs and other rows; import them one by one, by `form`"
         )
-    counts = Counts(into, kept, {reason: n for reason, n in dropped.items() if n})
-    check_share(config, counts, lambda: examples)
+    rows = Counts(number, number - bad_rows.total(), dict(bad_rows))
+    check_share(config, rows, lambda: examples)
+    again = {"duplicate": into - kept} if into > kept else {}
+    counts = Counts(into + bad_rows.total(), kept, {**bad_rows, **again})  # a bad row counts as one
     count_tokens, unit = _length(config)
     facts = {"schema": SCHEMA_VERSION, "stage": "import", "lengths": _tokenizer(config.tokenizer)}
     generator = models.remember_facts(facts, "import", store)
@@ -195,7 +196,8 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
         "authors": list(writer.authors),
         "length_unit": unit,
         "scorers": scorers,
-        "counts": {"into": counts.into, "out": counts.out, "dropped": counts.dropped},
+        "counts": asdict(counts),
+        "rows": asdict(rows),
         "ratings": writer.rated(),
     }
     return about, quarantine.close()

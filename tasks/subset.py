@@ -205,6 +205,8 @@ def _matched(metric: str, table: PairTable, chosen: _Taken, draws: NDArray[np.ui
         "mean": _mean(values[rows]),
         "close": None if np.isnan(near) else round(near, 6),
     }
+    if len(rows) < len(chosen.rows):
+        match |= {"pairs": len(rows), "target_pairs": len(chosen.rows)}
     return rows, match
 
 

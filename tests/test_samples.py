@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.generate import completions_path, missing_completions
+from tasks.generate import completions_path, generate, missing_completions
+from tasks.models import generator_fingerprint
+from tasks.records import COMPLETIONS, PROMPTS, Counts, PromptSet, digest
 from tasks.samples import Held, cover, existing, held_by, missing, name_part, rows_of
+from tasks.sections import GenerateConfig, GeneratorConfig
 from tasks.store import Store
 
 ROWS = 5
@@ -94,3 +98,23 @@ def test_rows_are_final_with_their_last_missing_file(store: Store) -> None:
         (0, 4, 4, 0),
         (8, 12, 4, 4),
     ]
+
+
+def test_refusals_are_counted_in_every_first_file_and_once_per_prompt(store: Store) -> None:
+    ids = [digest(i) for i in range(4)]
+    table = pa.Table.from_pylist([{"prompt_id": i, "messages": [], "source": "s", "fields": "{}"} for i in ids], PROMPTS)
+    store.create_table("prompts/shards/rows.parquet", table)
+    store.create_json("prompts/set/manifest.json", {"shards": [{"digest": "rows", "prompts": "p", "rows": 4}]})
+    config = GenerateConfig(samples=8, generators=[GeneratorConfig(name="g", engine="fake")], max_refused=1.0)
+    fingerprint = generator_fingerprint(config.generators[0], store)
+    pilot, others = np.array([1]), np.array([0, 2, 3])
+
+    def refusals(files: list[tuple[Held, list[int]]]) -> dict[str, int]:
+        for held, rows in files:
+            refused = [{"prompt_id": ids[row], "refused": "too long: 9" if row in (1, 3) else None} for row in rows]
+            store.create_table(completions_path(fingerprint, "p", held), pa.Table.from_pylist(refused, COMPLETIONS))
+        return dict(generate(config, PromptSet("set", Counts(4, 4)), store).counts.dropped)
+
+    parts = [(Held(0, 8, name_part(store, rows, 4)), rows.tolist()) for rows in (pilot, others)]
+    assert refusals(parts) == {"refused: too long": 2}
+    assert refusals([(Held(0, 2), [0, 1, 2, 3])]) == {"refused: too long": 2}

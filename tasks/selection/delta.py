@@ -24,6 +24,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.signedinteger[Any]]
 
 
+ROUNDING = 1e-14  # of a mean, relative to it: equal rewards such as 0.1 differ from theirs by as much
+
+
 class Moments:
     """Count, mean and squares about it, merged chunk by chunk (Chan, Golub, LeVeque 1979), so that nothing cancels."""
 
@@ -43,8 +46,9 @@ class Moments:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation (of a sample); 0 with fewer than two rewards."""
-        return float(np.sqrt(self.squares / (self.count - 1))) if self.count > 1 else 0.0
+        """Standard deviation (of a sample); 0 with fewer than two rewards, and where it is but their rounding."""
+        deviation = float(np.sqrt(self.squares / (self.count - 1))) if self.count > 1 else 0.0
+        return deviation if deviation > ROUNDING * abs(self.mean) else 0.0
 
     def z(self, rewards: Floats) -> Floats:
         return (
