@@ -227,7 +227,7 @@ def describe_errors(error: ValidationError) -> str:
             message = "no such field; check the spelling, or remove it"
         elif found["type"] == "missing":
             message = "this field is required"
-        value = found.get("input")
+        value = found.get("input") if found["type"] != "extra_forbidden" else None  # `api_key` may hold one
         shown = f" (got {value!r})" if field and isinstance(value, str | int | float | bool) else ""
         lines.append(f"{field}: {message}{shown}" if field else message)
     return "\n  ".join(lines)

@@ -109,7 +109,12 @@ def _comparison(result: dict[str, Any]) -> dict[str, Any]:
 
 def preview_markdown(result: dict[str, Any]) -> str:
     """How the first rows of a source are understood."""
-    lines = [f"# Understood as form `{result['form']}`", "", f"Columns of a row: {plain(', '.join(result['columns']))}", ""]
+    lines = [
+        f"# Understood as form `{result['form']}`",
+        "",
+        f"Columns of a row: {plain(', '.join(result['columns']))}",
+        "",
+    ]
     for prompt in result["prompts"]:
         lines += [
             f"## {short(prompt['messages'], 200)}",

@@ -289,3 +289,22 @@ def test_set_names_the_change_that_it_cannot_make(tmp_path: Path, change: str, w
 
 def test_an_unknown_flow_is_refused_with_the_known_ones() -> None:
     assert "no flow 'cure'; there are: curate, train, evaluate" in refusal(curate_with(), "cure")
+
+
+def test_adaptive_rounds_go_by_a_scorer_that_rates_each_sample_alone() -> None:
+    both = {"scorers": [scorer("a"), scorer("b")]}
+    sampling = {"samples": 4, "generators": [generator()]}
+    mixed = curate_with(
+        generate={**sampling, "adaptive": {"scorer": "both"}},
+        score=both,
+        ensembles=[{"name": "both", "members": ["a", "b"]}],
+    )
+    assert "generate.adaptive: scorer: 'both' is not one of a, b" in refusal(mixed)
+    duels = scorer("duel", type="judge", judge={"mode": "pairwise"})
+    compared = curate_with(generate={**sampling, "adaptive": {}}, score={"scorers": [duels]})
+    assert "scorer 'duel' compares within a round only" in refusal(compared)
+    brought = {"import": {"source": "x", "form": "long"}, "generate": {**sampling, "adaptive": {}}}
+    assert "remove `generate`" in refusal({**brought, "subset": [subset(RANKED)]})
+    evaluated = evaluate_values()
+    evaluated["generate"]["adaptive"] = {}
+    assert "generate.adaptive is for curate" in refusal(evaluated, "evaluate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from tasks.generate import completions_path
 from tasks.imports import _Groups, import_, preview
 from tasks.ingest import inputs_digest, read_shard, shards_of
 from tasks.pair import pair
-from tasks.records import Rewards
+from tasks.records import Counts, Rewards
 from tasks.score import rewards_path
 from tasks.sections import ImportConfig, RatingConfig
 from tasks.sources import BadRow
@@ -499,6 +500,19 @@ def test_too_many_bad_rows_stop_the_import(store: Store, tmp_path: Path) -> None
         imported(store, tmp_path, rows[1:])
 
 
+def test_the_share_of_bad_rows_is_one_of_rows_however_many_completions_the_others_hold(
+    store: Store, tmp_path: Path
+) -> None:
+    good = {"prompt": "q", "completions": [{"text": f"a{i}"} for i in range(20)]}
+    with pytest.raises(RunError, match=r"import: 1 of 2 rows are bad, more than max_quarantined 10%"):
+        imported(store, tmp_path, [good, {"prompt": "r", "completions": []}], form="nested", max_quarantined=0.1)
+    rows = [good, {"prompt": "r", "completions": []}]
+    counts = imported(store, tmp_path, rows, form="nested", max_quarantined=0.5).completions.counts
+    assert counts == Counts(21, 20, {"no completions": 1})
+    with pytest.raises(RunError, match="1 of 2 rows are bad"):  # nor when it is found in the store
+        imported(store, tmp_path, rows, form="nested", max_quarantined=0.1)
+
+
 # --- the store
 
 
@@ -677,6 +691,7 @@ def test_the_command_previews_and_imports(
         ("import.ratings=[{name: a, clip: 0.7}]", "import.ratings.0.clip: Input should be less than 0.5 (got 0.7)"),
         ("import.form=wide", "import.form: Input should be 'auto', 'long', 'nested' or 'pairs' (got 'wide')"),
         ("import.colums={}", "import.colums: no such field; check the spelling, or remove it"),
+        ("import.key=secret", "import.key: no such field; check the spelling, or remove it\n"),
         ("import.limit=-1", "import.limit: Input should be greater than or equal to 0 (got -1)"),
     ],
 )
@@ -691,6 +706,27 @@ def test_a_mistake_in_the_configuration_is_named(
     assert status == 2
     assert message in told
     assert "Traceback" not in told
+
+
+def test_names_from_data_command_no_terminal_and_are_no_markdown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = "\x1b]0;owned\x07[x](http://there)"
+    rows = [{"prompt": hostile, "generator": hostile, "source": hostile, "text": hostile, hostile: 1}]
+    path = tmp_path / "config.yaml"
+    subset = [{"name": "all", "steps": [{"rank": "margin", "fraction": 1.0}]}]
+    source = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    path.write_text(json.dumps({"import": {"source": source}, "subset": subset}), encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_bytes(b"\x1b[31m no JSON\n")
+    bad = ("--set", f"import.source={tmp_path / 'bad.jsonl'}")
+    for more in (("--dry-run",), (), bad):
+        monkeypatch.setattr("sys.argv", ["prefsieve", "import", str(path), "--store", str(tmp_path / "store"), *more])
+        with contextlib.suppress(SystemExit):
+            main()
+        printed = capsys.readouterr()
+        text = printed.out + printed.err
+        assert "\x1b" not in text and "\x07" not in text and "\ufffd" in text
+        assert more == bad or "[x](http://there)" in " ".join(text.split())
 
 
 def test_a_configuration_begins_in_one_way() -> None:

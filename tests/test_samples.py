@@ -102,7 +102,9 @@ def test_rows_are_final_with_their_last_missing_file(store: Store) -> None:
 
 def test_refusals_are_counted_in_every_first_file_and_once_per_prompt(store: Store) -> None:
     ids = [digest(i) for i in range(4)]
-    table = pa.Table.from_pylist([{"prompt_id": i, "messages": [], "source": "s", "fields": "{}"} for i in ids], PROMPTS)
+    table = pa.Table.from_pylist(
+        [{"prompt_id": i, "messages": [], "source": "s", "fields": "{}"} for i in ids], PROMPTS
+    )
     store.create_table("prompts/shards/rows.parquet", table)
     store.create_json("prompts/set/manifest.json", {"shards": [{"digest": "rows", "prompts": "p", "rows": 4}]})
     config = GenerateConfig(samples=8, generators=[GeneratorConfig(name="g", engine="fake")], max_refused=1.0)

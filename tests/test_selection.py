@@ -356,6 +356,10 @@ def test_an_ensemble_is_the_mean_of_z_scores_and_needs_all_members() -> None:
     flat = Moments()
     flat.add(np.array([7.0, 7.0, NAN]))
     np.testing.assert_array_equal(flat.z(np.array([7.0, NAN])), [0, NAN])
+    tenths = Moments()
+    tenths.add(np.full(3, 0.1))  # whose mean is no 0.1
+    tenths.add(np.full(4, 0.1))
+    assert tenths.z(np.array([0.1])).tolist() == [0]
 
 
 def delta_by_hand(rewards: np.ndarray, authors: np.ndarray, a: int, b: int) -> tuple[float, float, int]:

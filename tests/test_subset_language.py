@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.card import control_words
 from tasks.config import CurateConfig, FilterStep, RankStep, SubsetConfig
 from tasks.describe import describe, describe_step
 from tasks.errors import ConfigError, RunError
@@ -490,6 +491,7 @@ def test_fewer_matches_than_asked_for_are_counted_as_they_are(store: Store) -> N
     assert matched.counts.out == 2
     [step] = store.read_json(selection_path(matched.pairs, matched.digest, "json"))["steps"]
     assert step["step"] == "2 of the same pool: length matched"
+    assert "2 pairs against 8 there, for no more were left" in control_words(explain(config, matched, store)["control"])
 
 
 # --- explanations
