@@ -116,6 +116,17 @@ def length_verdict(content: dict[str, Any]) -> tuple[str, str]:
     return "fine", f"{words}: the subset is not confounded with length."
 
 
+def samples_words(content: dict[str, Any]) -> str:
+    """How many samples a prompt has: one number only where all have as many."""
+    ladder, samples = (content.get("adaptive") or {}).get("ladder"), (content.get("parents") or {}).get("samples")
+    if ladder:
+        return f"{ladder[0]} to {ladder[-1]} samples per prompt"
+    if samples is None:
+        return ""
+    imported = any(step.get("stage") == "import" for step in content.get("funnel") or [])
+    return f"{'up to ' if imported else ''}{number(samples)} samples per prompt"
+
+
 def scale_words(scale: float | None) -> str:
     """What the reward scale T means for PVar."""
     if scale is None:
@@ -216,10 +227,10 @@ def _length(content: dict[str, Any]) -> list[str]:
 
 def _origin(content: dict[str, Any]) -> str:
     pairing = content.get("pairing") or {}
-    samples = (content.get("parents") or {}).get("samples")
+    samples = samples_words(content)
     generators = ", ".join(_code(name) for name in pairing.get("generators") or [])
     words = f"Pairs by {_code(pairing.get('rule') or 'an unknown rule')}"
-    words += f" from {number(samples)} samples per prompt" if samples is not None else ""
+    words += f" from {samples}" if samples else ""
     words += f" of {generators}" if generators else ""
     words += f", scored by {_code(pairing['scorer'])}" if pairing.get("scorer") else ""
     told = [

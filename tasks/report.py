@@ -25,7 +25,7 @@ CUT = 2_000  # characters shown of a text
 _LABEL = 120  # and of a name
 _MESSAGES = 20  # messages shown of a conversation
 _EXAMPLES = 3  # per drop reason
-_ROWS = 20  # highest and lowest
+_ROWS = 20  # first and last
 _YAML = 20_000
 
 _FIRST = ("pvar", "margin", "length_difference", "chosen_tokens", "rejected_tokens")  # metrics that are not folded
@@ -84,7 +84,7 @@ def report_html(content: dict[str, Any], highest: list[dict[str, Any]], lowest: 
         "mean_reward": pairing.get("mean_reward") or {},
         "scale": card.scale_words(pairing.get("reward_scale")),
         "cut": CUT,
-        "ends": _ends(ranked_by, highest, lowest),
+        "ends": _ends(_ordered_by(content), ranked_by, highest, lowest),
         "configuration": _yaml({"subset": content.get("subset"), "pairing": _setting(pairing)}),
         "lineage": _yaml({"parents": content.get("parents"), "made_with": content.get("made_with")}),
     }
@@ -129,9 +129,9 @@ def _text(value: Any) -> str:
 
 def _origin(content: dict[str, Any]) -> str:
     """One sentence on how the pairs were made, of what is known."""
-    pairing, samples = content.get("pairing") or {}, (content.get("parents") or {}).get("samples")
+    pairing, samples = content.get("pairing") or {}, card.samples_words(content)
     words = f"Pairs by {pairing['rule']}" if pairing.get("rule") else ""
-    words += f" from {card.number(samples)} samples per prompt" if words and samples is not None else ""
+    words += f" from {samples}" if words and samples else ""
     words += f" of {', '.join(map(_text, pairing['generators']))}" if words and pairing.get("generators") else ""
     words += f", scored by {pairing['scorer']}" if words and pairing.get("scorer") else ""
     return words and words + "."
@@ -278,10 +278,20 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     return [place * step + 0.0 for place in range(first, last + 1)]
 
 
-def _ends(ranked_by: str | None, highest: list[dict[str, Any]], lowest: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The two lists of rows, with their titles."""
-    ranked = ranked_by not in (None, "random")
-    titles = (f"Highest by {ranked_by}", f"Lowest by {ranked_by}") if ranked else ("First in order", "Last in order")
+def _ordered_by(content: dict[str, Any]) -> str | None:
+    """The metric whose order the ranks are in, from either end; None for what was drawn or matched."""
+    ranks = [step["rank"] for step in (content.get("subset") or {}).get("steps") or [] if step.get("rank")]
+    control = ((content.get("explanation") or {}).get("control") or {}).get("kind")
+    if control == "bottom":
+        ranks = [metric for metric in ranks if metric != "random"]
+    return ranks[-1] if ranks and control in (None, "bottom") and ranks[-1] != "random" else None
+
+
+def _ends(
+    ordered_by: str | None, ranked_by: str | None, highest: list[dict[str, Any]], lowest: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The two lists of rows, with their titles: a ranking may begin at either end of its metric."""
+    titles = (f"First by {ordered_by}", f"Last by {ordered_by}") if ordered_by else ("First in order", "Last in order")
     ends = zip(("highest", "lowest"), titles, (highest, lowest), strict=True)
     return [
         {"id": name, "title": title, "rows": [_row(row, ranked_by) for row in (rows or [])[:_ROWS]]}

@@ -240,11 +240,41 @@ def test_the_page_says_what_the_subset_is_and_its_numbers() -> None:
         "0.612",
         "12.3 %",
         "T = 0.874",
-        "Highest by pvar",
+        "First by pvar",
         "Qwen/Qwen3-8B",
         "fraction: 0.1",
     ):
         assert told in " ".join(text.split()), told
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind", "title"),
+    [
+        ([step(rank="pvar", keep="bottom", fraction=0.1)], None, "First by pvar"),
+        ([step(rank="pvar", fraction=0.5), step("margin", min=0.0)], None, "First by pvar"),
+        ([step(rank="pvar", fraction=0.5), step(rank="random", count=9)], None, "First in order"),
+        ([step(rank="pvar", fraction=0.5), step(rank="random", count=9)], "bottom", "First by pvar"),
+        ([step(rank="pvar", fraction=0.5)], "random", "First in order"),
+        ([step(rank="pvar", fraction=0.5)], "margin_matched", "First in order"),
+        ([step("margin", min=0.0)], None, "First in order"),
+    ],
+)
+def test_the_first_rows_are_not_called_the_highest(steps: list[Any], kind: str | None, title: str) -> None:
+    content = make_content()
+    content["subset"]["steps"] = steps
+    content["explanation"]["control"] = {"of": "other", "kind": kind} if kind else None
+    text = " ".join(page_of(content, make_rows(), make_rows()).text.split())
+    assert title in text and "Highest" not in text
+
+
+def test_samples_per_prompt_that_differ_are_not_called_one_number() -> None:
+    content = make_content()
+    assert "from 8 samples per prompt" in page_of(content).text
+    content["funnel"][0]["stage"] = "import"
+    assert "from up to 8 samples per prompt" in page_of(content).text
+    content["adaptive"] = {"ladder": [3, 8, 24], "rounds": []}
+    assert "from 3 to 24 samples per prompt" in page_of(content).text
+    assert "from 3 to 24 samples per prompt" in dataset_card(PublishConfig(), content)
 
 
 def test_every_stage_tells_what_went_in_what_came_out_and_each_reason() -> None:
