@@ -137,7 +137,7 @@ def test_a_file_that_another_run_has_made_meanwhile_is_left_alone(fake_run: Cura
 async def work(worker: GenerateWorker, shard: dict[str, Any], samples: tuple[int, int]) -> dict[str, Any]:
     first, last = samples
     names = {"shard": shard["digest"], "prompts": shard["prompts"], "rows": shard["rows"]}
-    return await worker.work({**names, "first": first, "last": last, "final": True})
+    return await worker.work({**names, "first": first, "last": last, "final": True, "part": ""})
 
 
 # --- both engines
