@@ -137,9 +137,9 @@ class AdaptiveConfig(Section):
     scorer: str = Field("", description="Whose rewards decide; empty takes the first scorer.")
     reward_scale: float | Literal["auto"] = Field(1.0, description="T of PVar, as in `pair`.")
     ladder: list[Annotated[int, Field(ge=2, le=1024)]] = Field(
-        [3, 4, 6, 8, 12, 16, 24],
+        [3, 5, 10, 20],
         min_length=2,
-        description="Numbers of samples that prompts stop at; each costs a round.",
+        description="Numbers of samples at which prompts may stop; more steps save more and take more rounds.",
     )
 
     @model_validator(mode="after")
