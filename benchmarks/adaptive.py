@@ -5,7 +5,8 @@
 For a subset of the top 10 %, against 16 completions for every prompt ranked by PVar: the saving (16 / mean completions,
 those of the pilot included), the quality (mean true PVar of the adaptive subset / that of the fixed subset), their
 overlap, what the planner promised (saving after the first round, the rest after the last), and the rounds. Each along
-the planner's knob, `quality`. Baseline in the same run: the plain cut to 40 % of prompts after 4 samples and 20 % after
+the planner's knob, `quality`; and again on the ladder that configurations have by default, which saves less in half the
+rounds ("few rounds"). Baseline in the same run: the plain cut to 40 % of prompts after 4 samples and 20 % after
 8. `saving at 99 %` is where a line through the curve meets quality 0.99.
 
 *Made up.* Spreads s are lognormal. True PVar is exact for pass/fail, by quadrature for normal rewards, and by 200,000
@@ -54,6 +55,7 @@ from tasks.selection.pvar import PooledScale, pvar
 Floats = NDArray[np.float64]
 FRACTION = 0.1
 KNOB = (0.95, 0.97, 0.98, 0.99, 1.0)
+FEW_ROUNDS = (3, 5, 10, 20)  # the ladder that configurations have by default: a round costs a start of the engines
 SHAPES = ("normal, s 0.5", "normal, s 1", "pass/fail", "t3, s 0.5", "t3, s 1")
 TRUE_SAMPLES = 64  # TinyWorld
 SPLITS, SHUFFLES = 4, 4
@@ -80,14 +82,21 @@ def main() -> None:
         for automatic in (False, True):
             cases = [made_up(shape, automatic, 20_000, seed) for seed in range(arguments.seeds)]
             results.append(measure(cases, bound(shape, cases[0].scale)))
+            few = [replace(case, ladder=FEW_ROUNDS) for case in cases]
+            results.append(measure(few, None, f"{cases[0].name}, few rounds"))
     small = [made_up("normal, s 1", True, 1000, seed) for seed in range(4 * arguments.seeds)]
     results.append(measure(small, None, "normal, s 1, T auto, 1,000 prompts"))
-    results += [measure(cases, None) for cases in (*tinyworld(arguments), *ratings(arguments.ratings))]
+    for cases in (*tinyworld(arguments), *ratings(arguments.ratings)):
+        results.append(measure(cases, None))
+        if cases[0].fixed == 16:
+            few = [replace(case, ladder=FEW_ROUNDS) for case in cases]
+            results.append(measure(few, None, f"{cases[0].name}, few rounds"))
     summary = {
         "benchmark": "adaptive",
         "machine": machine("numpy"),
         "fraction": FRACTION,
         "ladder": adaptive.LADDER,
+        "few_rounds": FEW_ROUNDS,
         "seconds": round(time.monotonic() - started),
         "results": results,
     }

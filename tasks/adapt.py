@@ -75,10 +75,10 @@ def adapt(
         counts = climb(counts, step.going, settings.ladder)
 
 
-def reward_scale(wanted: float | str, scorer: str, columns: Columns) -> float:
-    """T of PVar: as configured, or the pooled deviation within prompts of what is there."""
-    if wanted != "auto":
-        return float(wanted)
+def reward_scale(wanted: float, scorer: str, columns: Columns) -> float:
+    """T of PVar: as configured, or where that is 0 the pooled deviation within prompts of what is there."""
+    if wanted:
+        return wanted
     pooled = PooledScale()
     for shard in columns.shards:
         pooled.add(columns.read(shard, [scorer], texts=False).rewards[scorer])

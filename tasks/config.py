@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from tasks.sections import (
     EnsembleConfig,
@@ -19,6 +19,7 @@ from tasks.sections import (
     ImportConfig,
     IngestConfig,
     Name,
+    RewardScale,
     ScoreConfig,
     Section,
     unique,
@@ -40,8 +41,10 @@ class PairingConfig(Section):
     scorer: str | None = Field(
         None, description="Whose rewards decide: NAME, or NAME:DIMENSION of a judge; empty takes the first."
     )
-    reward_scale: float | Literal["auto"] = Field(
-        1.0, description="T in PVar's sigmoid((r_i - r_j) / T); auto takes the pooled deviation within prompts."
+    reward_scale: RewardScale = Field(
+        1.0,
+        ge=0,
+        description="T in PVar's sigmoid((r_i - r_j) / T); 0, or auto, takes the pooled deviation within prompts.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Draws for best_vs_random and random_pair.")
 
@@ -49,8 +52,6 @@ class PairingConfig(Section):
     def _consistent(self) -> PairingConfig:
         if self.rule == "generator_delta" and len(self.generators) != 2:
             raise ValueError(f"pairing {self.name!r}: generator_delta needs `generators: [stronger, weaker]`")
-        if self.reward_scale != "auto" and self.reward_scale <= 0:
-            raise ValueError(f"pairing {self.name!r}: reward_scale {self.reward_scale:g} must be above 0, or auto")
         unique(f"pairing {self.name!r}: generators", self.generators)
         return self
 
@@ -114,6 +115,15 @@ def _kind_of_step(step: Any) -> str | None:
     return kinds[0] if len(kinds) == 1 else None
 
 
+# One object with the fields of both: Prefect's form has no inputs for a choice of objects.
+_STEP_SCHEMA: dict[str, Any] = {
+    "title": "Step",
+    "description": "Either filter, with min, max, within, quantiles or values; or rank, with a size.",
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {**FilterStep.model_json_schema()["properties"], **RankStep.model_json_schema()["properties"]},
+}
+
 Step = Annotated[
     Annotated[FilterStep, Tag("filter")] | Annotated[RankStep, Tag("rank")],
     Discriminator(
@@ -122,6 +132,7 @@ Step = Annotated[
         custom_error_message="a step is `filter: METRIC` with min, max, within, quantiles or values, or `rank: METRIC` "
         "with keep and fraction, count or tokens",
     ),
+    WithJsonSchema(_STEP_SCHEMA),
 ]
 
 

@@ -89,7 +89,7 @@ class GenerateWorker:
         self.loop = EngineLoop(generator_engine(config, models.local(config.model, self.store)))
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
-        held = Held(item["first"], item["last"], item["part"])
+        held = Held(item["first"], item["last"], item.get("part", ""))
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held, ["prompt_id", "messages"])
         ids = prompts["prompt_id"].to_pylist()
         requests = [

@@ -130,11 +130,11 @@ def _survey(config: PairingConfig, columns: Columns, scorer: str, shards: list[d
             for member in members:
                 moments[member].add(arrays.rewards[member])
         columns.moments = moments
-    if scorer and (config.reward_scale == "auto" or len(columns.authors) > 1):
+    if scorer and (not config.reward_scale or len(columns.authors) > 1):
         for arrays in _in_order(lambda shard: columns.read(shard, [scorer], texts=False), shards):
             pooled.add(arrays.rewards[scorer])
             generators.add(arrays.rewards[scorer], arrays.authors)
-    scale = pooled.value if config.reward_scale == "auto" else float(config.reward_scale)
+    scale = config.reward_scale or pooled.value
     delta = generators.delta()
     np.fill_diagonal(delta, 0.0)
     return Survey(scorer, scale, generators, delta, _prior(scorer, scale, columns))

@@ -106,7 +106,7 @@ class ScoreWorker:
             self.loop = EngineLoop(reward_engine(config, models.local(config.model, self.store)))
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
-        held = Held(item["first"], item["last"], item["part"])
+        held = Held(item["first"], item["last"], item.get("part", ""))
         source = completions_path(item["generator"], item["prompts"], held)
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held)
         texts = (await asyncio.to_thread(self.store.read_table, source, ["texts"]))["texts"].to_pylist()
@@ -183,7 +183,7 @@ def missing_rewards(
 def _path(scorer: ScorerConfig, fingerprint: str, item: dict[str, Any]) -> str:
     """A model sees a prompt's messages alone; a function also its source and fields, so it rates a shard's rows."""
     rated = item["shard"] if scorer.type == "function" else item["prompts"]
-    return rewards_path(fingerprint, item["generator"], rated, Held(item["first"], item["last"], item["part"]))
+    return rewards_path(fingerprint, item["generator"], rated, Held(item["first"], item["last"], item.get("part", "")))
 
 
 def _forget(

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+# A number, so that a form has an input for it; `auto` is a word for 0.
+RewardScale = Annotated[float, BeforeValidator(lambda value: 0.0 if value == "auto" else value)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -135,19 +137,17 @@ class AdaptiveConfig(Section):
         1.0, gt=0, le=1, description="Share to keep of the mean PVar of the subset that `samples` for all would give."
     )
     scorer: str = Field("", description="Whose rewards decide; empty takes the first scorer.")
-    reward_scale: float | Literal["auto"] = Field(1.0, description="T of PVar, as in `pair`.")
+    reward_scale: RewardScale = Field(1.0, ge=0, description="T of PVar, as in `pair`.")
     ladder: list[Annotated[int, Field(ge=2, le=1024)]] = Field(
-        [3, 4, 6, 8, 12, 16, 24],
+        [3, 5, 10, 20],
         min_length=2,
-        description="Numbers of samples that prompts stop at; each costs a round.",
+        description="Numbers of samples at which prompts may stop; more steps save more and take more rounds.",
     )
 
     @model_validator(mode="after")
     def _rises(self) -> AdaptiveConfig:
         if sorted(set(self.ladder)) != self.ladder:
             raise ValueError(f"generate.adaptive.ladder {self.ladder} must rise from step to step")
-        if self.reward_scale != "auto" and self.reward_scale <= 0:
-            raise ValueError(f"generate.adaptive.reward_scale {self.reward_scale:g} must be above 0, or auto")
         return self
 
 

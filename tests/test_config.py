@@ -183,7 +183,7 @@ def test_descriptions_of_errors_leave_out_pydantics_own_words() -> None:
         ({"subset": [subset({**RANKED, "fraction": 0.5})]}, ["give one of fraction, count and tokens"]),
         ({"ensembles": [{"name": "e", "members": ["reward", "x"]}]}, ["ensemble 'e'", "'x' is not one of reward"]),
         ({"pair": [{"rule": "labelled"}]}, ["pair 'pairs'", "rule labelled is for imported pairs"]),
-        ({"pair": [{"reward_scale": -1}]}, ["reward_scale -1 must be above 0, or auto"]),
+        ({"pair": [{"reward_scale": -1}]}, ["pair.0.reward_scale", "greater than or equal to 0"]),
         ({"import": {"source": "x"}}, ["give either `ingest`, for prompts, or `import`"]),
     ],
 )

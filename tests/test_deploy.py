@@ -135,7 +135,7 @@ def test_a_run_by_button_with_other_parameters_completes_and_shows_its_artifacts
     ("section", "value", "said"),
     [
         ("generate", {"samples": 0, "generators": [{"name": "one", "engine": "fake"}]}, "samples"),
-        ("subset", [{"name": "half", "keep": "middle", "fraction": 0.5}], "keep"),
+        ("subset", [{"name": "half", "steps": [{"rank": "pvar", "keep": "middle", "fraction": 0.5}]}], "keep"),
         ("ingest", {"source": "prompts.jsonl", "sauce": "x"}, "sauce"),
     ],
 )

@@ -88,11 +88,11 @@ def test_curate_train_and_verify_on_s3(s3: SeaweedFS, prefect_api: str, tmp_path
         "ingest": {"source": str(world / "prompts.jsonl"), "columns": columns, "limit": 192, "shard_size": 64},
         "generate": {"samples": 4, "generators": [{"name": "policy", **model}]},
         "score": {"scorers": [verifier]},
-        "subset": [{"name": "top", "fraction": 0.5}, {"name": "bottom", "keep": "bottom", "fraction": 0.5}],
+        "subset": [{"name": "top", "steps": [{"rank": "pvar", "fraction": 0.5}], "controls": ["bottom"]}],
     }
     train = {"name": "tuned", "subset": "top", "policy": {"model": model["model"]}, "train": {"max_steps": 6}}
     curated = run("curate", curate, url, env, tmp_path)
-    assert [subset["name"] for subset in curated["subsets"]] == ["top", "bottom"]
+    assert [subset["name"] for subset in curated["subsets"]] == ["top", "top-bottom"]
     trained = run("train", train, url, env, tmp_path)
     assert trained["steps"] == 6 and abs(trained["first"]["loss"] - 0.6931) < 1e-3
     assert prefsieve("verify", "top", "--store", url, env=env).returncode == 0

@@ -230,7 +230,7 @@ def with_files(config: GenerateConfig, prompt_set: Any, store: Store) -> None:
         worker = GenerateWorker(generator, generator_fingerprint(generator, store), store.url)
         for shard in shards_of(store, prompt_set):
             item = {"shard": shard["digest"], "prompts": shard["prompts"], "rows": shard["rows"]}
-            asyncio.run(worker.work({**item, "first": 0, "last": config.samples, "final": True}))
+            asyncio.run(worker.work({**item, "part": "", "first": 0, "last": config.samples, "final": shard["rows"]}))
 
 
 def test_a_reward_model_that_gives_nan_fails_and_its_successor_needs_no_new_completions(
