@@ -67,10 +67,11 @@ def curate(
             assert config.ingest and config.generate and config.score
             prompts = stages.ingest(config.ingest, url)
             if config.generate.adaptive:
-                completions = stages.adapt(config.generate, config.score, prompts, url, config.ray_address)
+                adapted = stages.adapt(config.generate, config.score, prompts, url, config.ray_address)
+                rewards = stages.score(config.score, adapted.completions, url, config.ray_address).after(adapted)
             else:
                 completions = stages.generate(config.generate, prompts, url, config.ray_address)
-            rewards = stages.score(config.score, completions, url, config.ray_address)
+                rewards = stages.score(config.score, completions, url, config.ray_address)
         pairs = stages.pair(config, rewards, url)
         selections = stages.subset(config.subset, pairs, url)
         versions = stages.publish(config, selections, url)

@@ -145,7 +145,7 @@ def _generate_work(config: GenerateConfig, prompts: PromptSet, store: Store) -> 
 
 def _score_work(scorers: list[ScorerConfig], completions: Completions, store: Store) -> list[dict[str, Any]]:
     """By what is in the store; called when all completions are."""
-    files = list(files_to_rate(completions, store))
+    files = [item for item, _ in files_to_rate(completions, store)]
     work = []
     for scorer in scorers:
         items = missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)

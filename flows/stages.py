@@ -71,9 +71,7 @@ def generate(config: GenerateConfig, prompts: PromptSet, store: str, ray_address
 
 
 @task(name="adapt", task_run_name="adapt", **_STAGE)
-def adapt(
-    config: GenerateConfig, scoring: ScoreConfig, prompts: PromptSet, store: str, ray_address: str
-) -> Completions:
+def adapt(config: GenerateConfig, scoring: ScoreConfig, prompts: PromptSet, store: str, ray_address: str) -> Rewards:
     """generate and score in rounds."""
     with progress_artifact("adapt") as report:
         return tasks.adapt.adapt(config, scoring, prompts, Store(store), report, ray_address)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tasks.columns import Columns
 from tasks.generate import generate
 from tasks.progress import Report, silent
-from tasks.records import Completions, PromptSet, Work
+from tasks.records import PromptSet, Rewards, Work
 from tasks.samples import allot
 from tasks.score import score
 from tasks.sections import GenerateConfig, ScoreConfig
@@ -41,19 +41,22 @@ def adapt(
     store: Store,
     report: Report = silent,
     address: str = "local",
-) -> Completions:
-    """The completions after as many rounds as pay. `config.samples` is the fixed number they are measured by."""
+) -> Rewards:
+    """The completions after as many rounds as pay, and the rewards that decided. Work is that of all rounds.
+
+    `config.samples` is the fixed number that they are measured by.
+    """
     settings = config.adaptive
     assert settings
     name = settings.scorer or scoring.scorers[0].name
     deciding = scoring.model_copy(update={"scorers": [scorer for scorer in scoring.scorers if scorer.name == name]})
     counts = first_counts(prompts.counts.out, settings.ladder)
-    prior, scale, work = None, 1.0, Work()
+    prior, scale, generated, scored = None, 1.0, Work(), Work()
     rounds: list[dict[str, Any]] = []
     while True:
         completions = generate(config, prompts, store, report, address, allot(store, counts))
-        work = work.plus(completions.work)
         rewards = score(deciding, completions, store, report, address)
+        generated, scored = generated.plus(completions.work), scored.plus(rewards.work)
         columns = Columns([], rewards, [], store)
         if prior is None:
             scale = reward_scale(settings.reward_scale, name, columns)
@@ -71,7 +74,8 @@ def adapt(
         told = {key: value for key, value in asdict(step).items() if key != "going"}
         rounds.append({**told, "tokens": tokens, "fixed_tokens": fixed_tokens})
         if not step.going.any():
-            return replace(completions, work=work, ladder=tuple(settings.ladder), rounds=tuple(rounds))
+            made = replace(completions, work=generated, ladder=tuple(settings.ladder), rounds=tuple(rounds))
+            return replace(rewards, completions=made, work=scored)
         counts = climb(counts, step.going, settings.ladder)
 
 

@@ -16,7 +16,7 @@ import yaml
 from tasks.config import PublishConfig
 from tasks.describe import describe, number
 
-CONFOUNDED = 0.2  # |r| with length from which a subset may be one of long or short answers
+CONFOUNDED = 0.2  # standard deviations of length between inside and outside from which a subset may be one of length
 SOURCES_SHOWN = 20
 _CLOSE = 0.9  # share of close matches below which a control is said to be matched in part only
 
@@ -106,14 +106,21 @@ def length_verdict(content: dict[str, Any]) -> tuple[str, str]:
         unit = content.get("length_unit") or "tokens"
         words += f" (mean {means['inside']:+,.4g} {unit} inside, {means['outside']:+,.4g} outside)"
     longer = "longer" if r > 0 else "shorter"
-    if abs(r) > CONFOUNDED:
+    shift, error = explanation.get("length_shift"), explanation.get("length_shift_error") or 0.0
+    if shift is None:
+        shift = r
+    else:
+        words += f", {shift:+.2f} ± {error:.2f} standard deviations apart"
+    sure = abs(shift) > 2 * error
+    if abs(shift) > CONFOUNDED and sure:
         return "warning", (
             f"{words}: the subset prefers pairs whose chosen answer is the {longer} one. What training gains from it "
             "may come from length. Compare by length-controlled win rate, or filter on |length_difference| first."
         )
-    if abs(r) > CONFOUNDED / 2:
+    if abs(shift) > CONFOUNDED / 2 and sure:
         return "notice", f"{words}: a weak leaning to {longer} chosen answers."
-    return "fine", f"{words}: the subset is not confounded with length."
+    why = "" if sure else ", no more than chance gives a subset of this size"
+    return "fine", f"{words}: no sign that the subset is one of {longer} answers{why}."
 
 
 def samples_words(content: dict[str, Any]) -> str:

@@ -114,7 +114,7 @@ def _all_rated(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, stor
     completions = _known_completions(config, store)
     if completions is None:
         return False
-    files = list(files_to_rate(completions, store))
+    files = [item for item, _ in files_to_rate(completions, store)]
     return not missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)
 
 

@@ -59,6 +59,7 @@ def explain(subset: SubsetConfig, selection: Selection, store: Store) -> dict[st
         "metrics": metrics,
         "sources": sources,
         "length_correlation": _correlation(inside, difference),
+        **_shift(inside, difference),
         "control": control or None,
     }
 
@@ -151,6 +152,20 @@ def _correlation(inside: NDArray[np.bool_], values: Floats) -> float | None:
     if not len(values) or taken.std() == 0 or values.std() == 0:
         return None
     return _round(np.corrcoef(taken, values)[0, 1])
+
+
+def _shift(inside: NDArray[np.bool_], values: Floats) -> dict[str, float | None]:
+    """Mean inside minus mean outside, in standard deviations of all, and its standard error.
+
+    Unlike r it does not shrink with the subset's share.
+    """
+    known = ~np.isnan(values)
+    taken, left = values[known & inside], values[known & ~inside]
+    deviation = float(values[known].std()) if known.any() else 0.0
+    if not len(taken) or not len(left) or deviation == 0:
+        return {"length_shift": None, "length_shift_error": None}
+    error = np.sqrt(1 / len(taken) + 1 / len(left))
+    return {"length_shift": _round((taken.mean() - left.mean()) / deviation), "length_shift_error": _round(error)}
 
 
 def _mean(values: Floats) -> float | None:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -131,7 +132,7 @@ def _handle(about: dict[str, Any], work: Work) -> Rewards:
 def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: Meter) -> tuple[dict[str, Any], Path]:
     """Import everything; what is known about it, and a local file with the quarantined rows."""
     quarantine = Quarantine(folder / "quarantine.parquet")
-    groups = _Groups(folder / "groups.sqlite")
+    groups = _Groups(folder / "groups.sqlite", config.repeats)
     bad_rows: Counter[str] = Counter()
     examples: list[str] = []
     into = kept = number = 0  # completions; number: rows
@@ -163,7 +164,7 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
         )
     rows = Counts(number, number - bad_rows.total(), dict(bad_rows))
     check_share(config, rows, lambda: examples)
-    again = {"duplicate": into - kept} if into > kept else {}
+    again = {"duplicate" if "pairs" in forms else "rated again": into - kept} if into > kept else {}
     counts = Counts(into + bad_rows.total(), kept, {**bad_rows, **again})  # a bad row counts as one
     count_tokens, unit = _length(config)
     facts = {"schema": SCHEMA_VERSION, "stage": "import", "lengths": _tokenizer(config.tokenizer)}
@@ -197,6 +198,7 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
         "length_unit": unit,
         "scorers": scorers,
         "counts": asdict(counts),
+        "repeated": 0 if "pairs" in forms else groups.repeated,
         "rows": asdict(rows),
         "ratings": writer.rated(),
     }
@@ -223,11 +225,11 @@ def _inputs(config: ImportConfig) -> str:
 
 
 def _tokenizer(name: str) -> str:
-    """What a tokenizer is by content."""
+    """What a tokenizer is by content: a folder's digest, or a hub name's commit."""
     if not name:
         return "words"
     if not is_local_path(name):
-        return name
+        return models.hub_commit("import.tokenizer", name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"import.tokenizer: {name!r} cannot be loaded: there is no such folder; check the path")
@@ -293,22 +295,25 @@ class _CompletionWriter(ShardWriter):
 class _Groups:
     """Completions by prompt, in order of appearance; on disk, so that memory stays flat."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, again: str = "samples") -> None:
+        """again: what a text is that a generator has twice for a prompt, see ImportConfig.repeats."""
         self.db = sqlite3.connect(path, isolation_level=None)
         self.db.executescript(
             """
             PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;
             CREATE TABLE prompts (number INTEGER PRIMARY KEY, id TEXT UNIQUE, row TEXT);
-            CREATE TABLE completions (prompt INTEGER, key TEXT, place INTEGER, row TEXT, PRIMARY KEY (prompt, key));
+            CREATE TABLE completions (prompt INTEGER, key TEXT, place INTEGER, row TEXT);
+            CREATE INDEX by_prompt ON completions (prompt, key);
             BEGIN
             """
         )
-        self.place = 0
+        self.again = again
+        self.place = self.repeated = 0
         self.rated: set[str] = set()
         self.authors: set[str] = set()
 
     def add(self, understood: Understood, together: bool) -> int:
-        """How many of the completions are new; `together`: all or none of them, as in a pair."""
+        """How many of the completions are new; `together`: they are a pair, of which equal ones count once."""
         prompt = understood.prompt
         self.db.execute(
             "INSERT OR IGNORE INTO prompts (id, row) VALUES (?, ?)", (prompt["prompt_id"], json.dumps(prompt))
@@ -319,11 +324,13 @@ class _Groups:
         for i, completion in enumerate(understood.completions):
             key = digest([i, texts] if together else texts[i])
             row = {"generator": completion.generator, "text": completion.text, "ratings": completion.ratings}
+            seen = self.db.execute("SELECT 1 FROM completions WHERE prompt = ? AND key = ?", (number, key)).fetchone()
+            self.repeated += bool(seen)
+            new += not seen or (self.again == "samples" and not together)
+            if seen and together:
+                continue
             self.place += 1
-            done = self.db.execute(
-                "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?)", (number, key, self.place, json.dumps(row))
-            )
-            new += done.rowcount
+            self.db.execute("INSERT INTO completions VALUES (?, ?, ?, ?)", (number, key, self.place, json.dumps(row)))
             self.authors.add(completion.generator)
             self.rated |= {name for name, rating in completion.ratings.items() if not isinstance(rating, str)}
         return new
@@ -341,4 +348,22 @@ class _Groups:
         )
         for _, group in itertools.groupby(rows, key=lambda row: row[0]):
             found = list(group)
-            yield {**json.loads(found[0][1]), "completions": [json.loads(completion) for _, _, completion in found]}
+            completions = [json.loads(completion) for _, _, completion in found]
+            if self.again == "ratings":
+                completions = _averaged(completions)
+            yield {**json.loads(found[0][1]), "completions": completions}
+
+
+def _averaged(completions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each text of a generator once, with the mean of each rating's numbers, or why there is none."""
+    groups: dict[tuple[str, str], list[dict[str, float | str]]] = {}
+    for one in completions:
+        groups.setdefault((one["generator"], one["text"]), []).append(one["ratings"])
+    merged = []
+    for (generator, text), ratings in groups.items():
+        mean: dict[str, float | str] = {}
+        for name in ratings[0]:
+            numbers = [value for rated in ratings if not isinstance(value := rated[name], str)]
+            mean[name] = fmean(numbers) if numbers else ratings[0][name]
+        merged.append({"generator": generator, "text": text, "ratings": mean})
+    return merged

@@ -138,7 +138,7 @@ def identity(field: str, config: Any, store: Store) -> str:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{field}: model folder {name!r} does not exist or holds no config.json; check the path")
         return folder_digest(folder)
-    return _hub_commit(field, name, config.revision)
+    return hub_commit(field, name, config.revision)
 
 
 def local(name: str, store: Store) -> str:
@@ -231,7 +231,7 @@ def _load_file(source: Path) -> ModuleType:
 
 
 @lru_cache(maxsize=256)
-def _hub_commit(field: str, name: str, revision: str) -> str:
+def hub_commit(field: str, name: str, revision: str = "") -> str:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

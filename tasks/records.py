@@ -229,6 +229,10 @@ class Rewards:
     counts: Counts
     work: Work = Work()
 
+    def after(self, earlier: Rewards) -> Rewards:
+        """These, with the work that was done for some of them before."""
+        return replace(self, work=earlier.work.plus(self.work))
+
     def joined(self, other: Rewards) -> Rewards:
         """These and those of further scorers for the same completions."""
         dropped = {**self.counts.dropped, **other.counts.dropped}

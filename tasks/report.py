@@ -154,7 +154,7 @@ def _tiles(content: dict[str, Any], ranked_by: str | None, tone: str) -> list[di
             tiles.append({"what": f"mean {name}", "value": card.number(inside), "note": note, "tone": ""})
     r = explanation.get("length_correlation")
     if r is not None:
-        words = {"fine": "not confounded", "notice": "weak leaning", "warning": "confounded"}[tone]
+        words = {"fine": "no sign of confounding", "notice": "weak leaning", "warning": "confounded"}[tone]
         tiles.append({"what": "correlation with length", "value": f"{r:+.2f}", "note": words, "tone": tone})
     return tiles
 

@@ -51,7 +51,8 @@ def score(
         s.name: models.remember_facts(models.scorer_facts(s, store), s.model or s.function, store) for s in scorers
     }
     models.check_distinct("score.scorers", fingerprints)
-    files = list(files_to_rate(completions, store))
+    wanted = list(files_to_rate(completions, store))
+    files = [item for item, _ in wanted]
     missing = {s.name: missing_rewards(store, s, fingerprints[s.name], files) for s in scorers}
     in_files = sum(item["samples"] for item in files)  # files may hold more samples than are wanted now
     total = in_files * len(config.scorers)
@@ -73,7 +74,7 @@ def score(
     ]
     try:
         engine_seconds = run_pools(pools, address)
-        counts = _count(config, fingerprints, completions, store)
+        counts = _count(config, fingerprints, wanted, store)
     except TooManyMissing:
         _forget(scorers, fingerprints, files, store)
         raise
@@ -161,15 +162,15 @@ def dimensions_of(config: ScorerConfig) -> list[str]:
     return rubric.dimensions(config.judge) if config.type == "judge" else []
 
 
-def files_to_rate(completions: Completions, store: Store) -> Iterator[dict[str, Any]]:
-    """The files of completions that hold the wanted samples, as items for the workers."""
+def files_to_rate(completions: Completions, store: Store) -> Iterator[tuple[dict[str, Any], Mask]]:
+    """The files of completions that hold the wanted samples, as items for the workers; and which samples those are."""
     rows = rows_of(store)
     for generator in completions.generators.values():
         there = existing(store, f"completions/{generator}")
         for shard, number in wanted_of(store, completions):
             for held, take in cover(there[shard["prompts"]], number, rows)[0]:
                 names = {"generator": generator, "shard": shard["digest"], "prompts": shard["prompts"]}
-                yield {**names, **held._asdict(), "samples": take.size}
+                yield {**names, **held._asdict(), "samples": take.size}, take
 
 
 def missing_rewards(
@@ -227,23 +228,20 @@ def _reward(outcome: Outcome) -> float | None:
     return None if isinstance(outcome, str) else outcome
 
 
-def _count(config: ScoreConfig, fingerprints: dict[str, str], completions: Completions, store: Store) -> Counts:
+def _count(
+    config: ScoreConfig, fingerprints: dict[str, str], wanted: list[tuple[dict[str, Any], Mask]], store: Store
+) -> Counts:
     """Completions in and rewards out, over all scorers, from the files themselves; those of other runs not counted."""
-    into, dropped, rows = 0, Counter[str](), rows_of(store)
-    there = {fp: existing(store, f"completions/{fp}") for fp in completions.generators.values()}
+    into, dropped = 0, Counter[str]()
     for scorer in config.scorers:
         name, mine, example, seen = scorer.name, 0, "", 0
-        for generator in completions.generators.values():
-            for shard, number in wanted_of(store, completions):
-                for held, take in cover(there[generator][shard["prompts"]], number, rows)[0]:
-                    item = {"generator": generator, "shard": shard["digest"], "prompts": shard["prompts"]}
-                    path = _path(scorer, fingerprints[name], {**item, **held._asdict()})
-                    lists = store.read_table(path, ["reasons"])["reasons"].combine_chunks()
-                    reasons = _taken(lists, take)
-                    seen += len(reasons)
-                    for reason in reasons.drop_null().to_pylist():
-                        dropped[f"{name}: {reason.removeprefix(JUDGE).split(':')[0]}"] += 1
-                        mine, example = mine + 1, reason
+        for item, take in wanted:
+            lists = store.read_table(_path(scorer, fingerprints[name], item), ["reasons"])["reasons"].combine_chunks()
+            reasons = _taken(lists, take)
+            seen += len(reasons)
+            for reason in reasons.drop_null().to_pylist():
+                dropped[f"{name}: {reason.removeprefix(JUDGE).split(':')[0]}"] += 1
+                mine, example = mine + 1, reason
         _check_missing(config, name, mine, seen, example)
         into += seen
     return Counts(into, into - sum(dropped.values()), dict(dropped))

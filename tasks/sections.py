@@ -85,6 +85,11 @@ class ImportConfig(SourceConfig):
     )
     columns: ImportColumnsConfig = Field(ImportColumnsConfig(), description="Which columns hold what.")
     ratings: list[RatingConfig] = Field([], description="Columns with ratings. Pairs have their score columns.")
+    repeats: Literal["samples", "ratings"] = Field(
+        "samples",
+        description="A text that a generator has twice for a prompt: another sample that came out alike, or the same "
+        "completion rated again, whose ratings are averaged. Of pairs, equal ones count once.",
+    )
     tokenizer: str = Field("", description="Folder or hub name that counts tokens; empty counts words and marks.")
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ counts of each step. Controls are subsets of equal size to compare with, see tas
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import tempfile
 import time
@@ -166,7 +167,9 @@ def _control(control: str, config: SubsetConfig, table: PairTable, chosen: _Take
             "pool; take less, or remove the control"
         )
     ties = ranking.hashes(ids, config.seed)
-    draws = ranking.hashes(ties, _CONTROL)
+    # By name too: controls of two subsets are to be independent draws.
+    named = int.from_bytes(hashlib.blake2b(config.name.encode(), digest_size=6).digest(), "big")
+    draws = ranking.hashes(ranking.hashes(ties, _CONTROL), named)
     match = None
     if control == "random":
         rows = pool[np.argsort(draws[pool])][:number]
@@ -220,7 +223,7 @@ def _keep(config: SubsetConfig, control: str, taken: _Taken, pairs: Pairs, store
         "schema": SCHEMA_VERSION,
         "stage": "subset",
         **config.model_dump(include={"steps", "seed"}),
-        "control": control,
+        "control": [config.name, control] if control else "",
     }
     name = digest(about)
     positions = np.argsort(taken.rows)  # in the order of the pairs table, with the rank beside

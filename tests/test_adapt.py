@@ -39,8 +39,8 @@ def adapted(local_ray: Any, session_folder: Path) -> Curated:
     assert config.ingest and config.generate and config.score
     store = Store(folder / "store")
     prompt_set = ingest(config.ingest, store)
-    completions = adapt(config.generate, config.score, prompt_set, store)
-    rewards = score(config.score, completions, store)
+    adapted = adapt(config.generate, config.score, prompt_set, store)
+    completions, rewards = adapted.completions, score(config.score, adapted.completions, store).after(adapted)
     table = pair(PairingConfig(), rewards, store)
     top = SubsetConfig(name="top", steps=[RankStep(rank="pvar_posterior", fraction=0.1)])
     selections = subset(top, table, store)
@@ -63,13 +63,13 @@ def test_prompts_stop_at_steps_of_the_ladder_and_the_rounds_say_how_many(adapted
     assert rounds[-1]["tokens"] / rounds[-1]["completions"] == pytest.approx(
         rounds[-1]["fixed_tokens"] / rounds[-1]["fixed_completions"], rel=0.1
     )
-    assert adapted.rewards.counts.out == adapted.rewards.counts.into == sum(finite)
+    assert adapted.rewards.counts.out == adapted.rewards.counts.into == sum(finite) == adapted.rewards.work.samples
 
 
 def test_a_rerun_comes_to_the_same_allotment_without_an_engine(adapted: Curated) -> None:
     config = adapted.config
     assert config.generate and config.score
-    again = adapt(config.generate, config.score, adapted.prompts, adapted.store)
+    again = adapt(config.generate, config.score, adapted.prompts, adapted.store).completions
     assert (again.allotment, again.rounds) == (adapted.completions.allotment, adapted.completions.rounds)
     assert (again.work.engine_starts, again.work.samples) == (0, 0)
 

@@ -27,6 +27,7 @@ from tasks.pair import pair
 from tasks.records import Counts, Rewards
 from tasks.score import rewards_path
 from tasks.sections import ImportConfig, RatingConfig
+from tasks.selection.pvar import pvar
 from tasks.sources import BadRow
 from tasks.store import Store
 from tests.conftest import files_below, write_jsonl
@@ -140,11 +141,29 @@ def test_rows_of_one_prompt_come_together_whoever_stands_between(store: Store, t
     assert [(c["generator"], c["text"], c["ratings"]["stars"]) for c in found["p"]] == [
         ("a", "one", 1),
         ("b", "three", 3),
+        ("a", "one", 9),
         ("b", "one", 4),
     ]
-    counts = rewards.completions.counts
-    assert (counts.into, counts.out, counts.dropped) == (5, 4, {"duplicate": 1})
-    assert rewards.completions.samples == 3
+    assert rewards.completions.counts == Counts(5, 5)
+    assert rewards.completions.samples == 4
+
+
+def test_a_completion_that_was_rated_again_has_the_mean_of_its_ratings(store: Store, tmp_path: Path) -> None:
+    stars = [1, "N/A", 9, 4, "N/A"]
+    rows = [{"prompt": "p", "generator": "a", "text": text, "stars": n} for text, n in zip("aaabc", stars, strict=True)]
+    rewards = imported(store, tmp_path, rows, ratings=[{"name": "stars"}], repeats="ratings")
+    found = back(rewards, store)
+    assert [(c["text"], c["ratings"]["stars"]) for c in found["p"]] == [("a", 5), ("b", 4), ("c", None)]
+    assert rewards.completions.counts == Counts(5, 3, {"rated again": 2})
+
+
+def test_equal_samples_of_a_generator_count_in_pvar_as_often_as_they_came(store: Store, tmp_path: Path) -> None:
+    texts, rewards = ["a", "a", "a", "b"], [1.0, 1.0, 1.0, 0.0]
+    rows = [{"prompt": "p", "text": t, "r": r} for t, r in zip(texts, rewards, strict=True)]
+    table = pair(PairingConfig(), imported(store, tmp_path, rows, ratings=[{"name": "r"}]), store)
+    [row] = store.read_table(f"pairs/{table.digest}/pairs.parquet").to_pylist()
+    assert row["pvar"] == pytest.approx(pvar(np.array([rewards]))[0])
+    assert row["rewards_finite"] == 4
 
 
 def test_the_unpaired_form_of_trl_has_labels_for_ratings() -> None:

@@ -233,7 +233,7 @@ def test_the_page_says_what_the_subset_is_and_its_numbers() -> None:
         "8.8 % of 9,187",
         "0.1852",
         "r = +0.03",
-        "not confounded with length",
+        "no sign that the subset is one of longer answers",
         "78,320 in, 78,300 out",
         "flan_v2_niv2",
         "33.3 %",

@@ -109,7 +109,8 @@ def fit_prior(rewards: Floats, scale: float = 1.0, covariates: Floats | None = N
     slopes, centre, width, explained = _regress(x, covariates[defined] if covariates is not None else None)
     left = max(variance - explained, variance / 20)
     most = mean * (1 - mean)
-    strength = float(np.clip(most / left - 1 if left > 0 else np.inf, *STRENGTH))
+    known = max(STRENGTH[0], min(STRENGTH[1], float(enough.sum())))  # few prompts cannot show that all are alike
+    strength = float(np.clip(most / left - 1 if left > 0 else np.inf, STRENGTH[0], known))
     return Prior(
         mean, strength, mean**2 + max(variance, most / (1 + STRENGTH[1])), single, double, slopes, centre, width
     )
