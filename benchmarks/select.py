@@ -127,8 +127,9 @@ def all_columns(folder: Path, prompts: int) -> dict[str, Any]:
 def python(folder: Path, prompts: int) -> dict[str, Any]:
     """Prompt by prompt: the rewards as Python floats, PVar, its jackknife error, the best and the worst sample."""
     store, shown = Store(folder), 20_000
+    table = store.read_table(store.list("rewards")[0], ["rewards"])
     started = time.perf_counter()
-    rows = store.read_table(store.list("rewards")[0], ["rewards"])["rewards"].slice(0, shown).to_pylist()
+    rows = table["rewards"].slice(0, shown).to_pylist()
     found = []
     for rewards in rows:
         n = len(rewards)
@@ -151,8 +152,9 @@ def python(folder: Path, prompts: int) -> dict[str, Any]:
 def numpy_by_prompt(folder: Path, prompts: int) -> dict[str, Any]:
     """PVar alone, by one NumPy expression per prompt, as it is written when nobody thinks of ten million."""
     store, shown = Store(folder), 20_000
+    table = store.read_table(store.list("rewards")[0], ["rewards"])
     started = time.perf_counter()
-    for rewards in store.read_table(store.list("rewards")[0], ["rewards"])["rewards"].slice(0, shown).to_pylist():
+    for rewards in table["rewards"].slice(0, shown).to_pylist():
         values = np.asarray(rewards)
         preference = 1 / (1 + np.exp(values[None, :] - values[:, None]))
         upper = np.triu_indices(len(values), 1)

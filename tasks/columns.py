@@ -104,7 +104,7 @@ class Columns:
             for g, fingerprint in enumerate(self.generators.values())
         ]
         rewards = {s: _beside([one["rewards"][s] for one in made]) for s in singles}
-        starts = np.cumsum([0, *(len(one["names"]) for one in made)])
+        numbered = list(zip(made, np.cumsum([0, *(len(one["names"]) for one in made)]), strict=False))
         disagreement = {}
         for mixed in [mixed for mixed in self.ensembles if mixed.name in wanted]:
             z = [self.moments[member].z(rewards[member]) for member in mixed.members]
@@ -115,7 +115,9 @@ class Columns:
             texts=_beside([one["texts"] for one in made]),
             tokens=_beside([one["tokens"] for one in made]),
             authors=_beside([one["authors"] for one in made]),
-            files=_beside([one["files"] + start for one, start in zip(made, starts, strict=False)]),
+            files=_beside(
+                [one["files"] + start if start else one["files"] for one, start in zip(made, starts, strict=False)]
+            ),
             names=[name for one in made for name in one["names"]],
             samples=np.concatenate([np.arange(one["texts"].shape[1], dtype=np.int32) for one in made]),
         )
@@ -129,14 +131,19 @@ class Columns:
         shared = sorted(set.intersection(*(set(held) for _, held in rated)))
         parts, _ = cover(shared, number, self.rows_of)
         shape = (shard["rows"], int(number.max()))
-        found: dict[str, Any] = {
-            "authors": np.full(shape, ABSENT, np.int16),
-            "texts": np.zeros(shape, np.int64),
-            "tokens": np.zeros(shape, np.int32),
-            "files": np.zeros(shape, np.int32),
-            "names": [],
-            "rewards": {scorer: np.full(shape, np.nan) for scorer in scorers},
-        }
+        whole = len(parts) == 1 and parts[0][1].shape == shape and bool(parts[0][1].all())
+        found: dict[str, Any] = {"names": []}
+        found |= (
+            {}
+            if whole
+            else {
+                "authors": np.full(shape, ABSENT, np.int16),
+                "texts": np.zeros(shape, np.int64),
+                "tokens": np.zeros(shape, np.int32),
+                "files": np.zeros(shape, np.int32),
+                "rewards": {scorer: np.full(shape, np.nan) for scorer in scorers},
+            }
+        )
         for held, take in parts:
             file, rows = completions_path(fingerprint, shard["prompts"], held), self.rows_of(held)
             width = held.last - held.first
@@ -149,11 +156,10 @@ class Columns:
                 values[scorer] = dense(self.store.read_table(path, [column])[column], width, np.nan)
                 if self.imported:
                     values[scorer] = np.where(columns["authors"] == ABSENT, np.nan, values[scorer])
-            columns["files"] = np.full(take.shape, len(found["names"]), np.int32)
+            columns["files"] = np.broadcast_to(np.int32(len(found["names"])), take.shape)
             found["names"].append(file)
-            if take.all() and take.shape == shape:
-                found |= {**columns, "rewards": values}
-                continue
+            if whole:
+                return {**columns, **found, "rewards": values}
             at, samples = np.nonzero(take)
             place = (at if rows is None else rows[at], samples + held.first)
             for name, array in columns.items():

@@ -41,7 +41,7 @@ from tasks.selection.pvar import PooledScale, pvar_with_error
 from tasks.selection.ranking import uniform
 from tasks.store import Store, parquet_options
 
-_THREADS = 2  # one reads and decodes while another computes; NumPy and Arrow let go of the interpreter
+_THREADS = 3  # some read and decode while others compute; NumPy and Arrow let go of the interpreter
 
 In = TypeVar("In")
 Out = TypeVar("Out")
