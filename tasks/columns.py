@@ -115,9 +115,7 @@ class Columns:
             texts=_beside([one["texts"] for one in made]),
             tokens=_beside([one["tokens"] for one in made]),
             authors=_beside([one["authors"] for one in made]),
-            files=_beside(
-                [one["files"] + start if start else one["files"] for one, start in zip(made, starts, strict=False)]
-            ),
+            files=_beside([one["files"] + start if start else one["files"] for one, start in numbered]),
             names=[name for one in made for name in one["names"]],
             samples=np.concatenate([np.arange(one["texts"].shape[1], dtype=np.int32) for one in made]),
         )
