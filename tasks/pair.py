@@ -126,12 +126,12 @@ def _survey(config: PairingConfig, columns: Columns, scorer: str, shards: list[d
         raise ConfigError(f"ensembles: member {unknown[0]!r} is not one of {', '.join(columns.singles)}")
     if members:
         moments: dict[str, Moments] = defaultdict(Moments)
-        for arrays in _in_order(lambda shard: columns.read(shard, members, texts=False), shards):
+        for arrays in in_order(lambda shard: columns.read(shard, members, texts=False), shards):
             for member in members:
                 moments[member].add(arrays.rewards[member])
         columns.moments = moments
     if scorer and (not config.reward_scale or len(columns.authors) > 1):
-        for arrays in _in_order(lambda shard: columns.read(shard, [scorer], texts=False), shards):
+        for arrays in in_order(lambda shard: columns.read(shard, [scorer], texts=False), shards):
             pooled.add(arrays.rewards[scorer])
             generators.add(arrays.rewards[scorer], arrays.authors)
     scale = config.reward_scale or pooled.value
@@ -151,7 +151,7 @@ def _prior(scorer: str, scale: float, columns: Columns) -> Prior | None:
     return fit_prior(sample_of(scorer, columns, first), scale)
 
 
-def _in_order(work: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+def in_order(work: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
     """The items' results, in their order, a few at a time on threads."""
     rest = iter(items)
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -179,7 +179,7 @@ def _write(
         def make(item: tuple[int, dict[str, Any]]) -> tuple[pa.Table, pa.Table, dict[str, Counter[str]]]:
             return _shard_tables(config, columns, survey, others, schema, *item)
 
-        for (kept, lost, counts), shard in zip(_in_order(make, enumerate(shards)), shards, strict=True):
+        for (kept, lost, counts), shard in zip(in_order(make, enumerate(shards)), shards, strict=True):
             pairs.write_table(kept)
             drops.write_table(lost)
             totals.update(counts["totals"])
