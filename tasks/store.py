@@ -9,6 +9,7 @@ endpoints that failed, takes away.
     prompts/<set>/manifest.json                               shards of a prompt set
     prompts/shards/<shard>.parquet                            rows of one shard
     prompts/sources/, prompts/cuts/                           what a source gave; where shards begin and end
+    prompts/rows/, prompts/allotments/                        of adaptive rounds: rows of a shard, samples per prompt
     fingerprints/<fingerprint>.json                           what a generator's or scorer's fingerprint stands for
     completions/<generator>/<prompts>.<first>-<last>.parquet  samples first..last-1, one row a prompt of a shard
     rewards/<scorer>/<generator>/<rated>.<first>-<last>.parquet
