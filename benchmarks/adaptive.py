@@ -31,21 +31,22 @@ Four shuffles. The 12 are a finite population: PVar of all of them is known exac
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # not this folder: its `select` would stand for Python's own
+
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT)  # not this folder: its `select` would stand for Python's own
 
 from benchmarks.machine import machine
 from tasks.selection import adaptive

@@ -16,20 +16,21 @@ detokenize=False: it decodes once, at the end).
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # not this folder: its `select` would stand for Python's own
+
 import argparse
 import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT)  # not this folder: its `select` would stand for Python's own
 
 from benchmarks.machine import machine
 from examples.tinyworld.build import build

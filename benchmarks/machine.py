@@ -1,9 +1,12 @@
-"""What machine a measurement was taken on."""
+"""What machine a measurement was taken on, and measuring in a process of its own."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
+import resource
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,3 +43,15 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def measured(work: Callable[[Path, int], dict[str, Any]], folder: Path, size: int) -> dict[str, Any]:
+    """`work(folder, size)` in a fresh process: what it found, and its peak memory, its own imports included."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (work, folder, size))
+
+
+def _measured(work: Callable[[Path, int], dict[str, Any]], folder: Path, size: int) -> dict[str, Any]:
+    found = work(folder, size)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {name: round(value, 3) for name, value in {**found, "peak_gib": peak}.items()}

@@ -15,19 +15,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its `
 
 import argparse
 import json
-import multiprocessing
-import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, measured
 from tasks.config import PairingConfig, PublishConfig, RankStep, SubsetConfig
 from tasks.generate import completions_path
 from tasks.pair import pair
@@ -114,18 +111,6 @@ def copied(folder: Path, prompts: int) -> dict[str, Any]:
         for path in store.list("completions"):
             writer.write_table(store.read_table(path))
     return {"seconds": time.perf_counter() - started}
-
-
-def measured(work: Callable[[Path, int], dict[str, Any]], folder: Path, prompts: int) -> dict[str, Any]:
-    """In a fresh process: what it found, and its peak resident memory, its own imports included."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (work, folder, prompts))
-
-
-def _measured(work: Callable[[Path, int], dict[str, Any]], folder: Path, prompts: int) -> dict[str, Any]:
-    found = work(folder, prompts)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {name: round(value, 3) for name, value in {**found, "peak_gib": peak}.items()}
 
 
 def main() -> None:

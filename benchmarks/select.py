@@ -28,19 +28,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its `
 import argparse
 import json
 import math
-import multiprocessing
-import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, measured
 from tasks.columns import Columns
 from tasks.config import PairingConfig, RankStep, SubsetConfig
 from tasks.generate import completions_path
@@ -182,18 +179,6 @@ def numpy_by_prompt(folder: Path, prompts: int) -> dict[str, Any]:
         upper = np.triu_indices(len(values), 1)
         assert 0 <= ((preference[upper] - 0.5) ** 2).mean() <= 0.25
     return {"seconds": (time.perf_counter() - started) * prompts / shown, "measured_on": shown}
-
-
-def measured(work: Callable[[Path, int], dict[str, Any]], folder: Path, prompts: int) -> dict[str, Any]:
-    """In a fresh process: seconds and peak resident memory, its own imports included."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (work, folder, prompts))
-
-
-def _measured(work: Callable[[Path, int], dict[str, Any]], folder: Path, prompts: int) -> dict[str, Any]:
-    found = work(folder, prompts)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {name: round(value, 2) for name, value in {**found, "peak_gib": peak}.items()}
 
 
 def main() -> None:
