@@ -113,7 +113,7 @@ def ranked(folder: Path, prompts: int) -> dict[str, Any]:
         return *pvar_with_error(columns.read(shard, ["reward"], texts=False).rewards["reward"]), id_bits(ids)
 
     values, errors, ids = (np.concatenate(parts) for parts in zip(*in_order(measure, columns.shards), strict=True))
-    best = ranking.best(values, ranking.hashes(ids, 0), ranking.size(len(values), 0.1, None))
+    best = ranking.best(values, ids, 0, ranking.size(len(values), 0.1, None))
     seconds = time.perf_counter() - started
     assert len(values) == len(errors) == prompts and len(best) == prompts // 10
     return {"seconds": seconds}

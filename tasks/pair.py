@@ -7,7 +7,6 @@ the generators' deltas) take a first pass over the rewards.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +37,7 @@ from tasks.selection.delta import GeneratorDelta, Moments
 from tasks.selection.pairing import KEPT, REASONS, Choice
 from tasks.selection.posterior import Posterior, Prior, fit_prior, posterior
 from tasks.selection.pvar import PooledScale, pvar_with_error
-from tasks.selection.ranking import uniform
+from tasks.selection.ranking import Hashes, uniform
 from tasks.store import Store, parquet_options
 
 _THREADS = 3  # some read and decode while others compute; NumPy and Arrow let go of the interpreter
@@ -63,6 +62,7 @@ def pair(
         {
             "schema": SCHEMA_VERSION,
             "stage": "pair",
+            "columns": PAIRS.names,
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
             "allotment": completions.allotment,
@@ -82,10 +82,10 @@ def pair(
         return Pairs(config.name, table_digest, rewards, counts, Work(shards_reused=len(shards)))
     meter = Meter(report, "pair", completions.prompts.counts.out, "prompts")
     survey = _survey(config, columns, scorer, shards)
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = _write(config, columns, survey, shards, Path(folder), meter)
-        store.create_file(f"pairs/{table_digest}/pairs.parquet", Path(folder) / "pairs.parquet")
-        store.create_file(f"pairs/{table_digest}/drops.parquet", Path(folder) / "drops.parquet")
+    with store.room() as folder:
+        manifest = _write(config, columns, survey, shards, folder, meter)
+        store.create_file(f"pairs/{table_digest}/pairs.parquet", folder / "pairs.parquet")
+        store.create_file(f"pairs/{table_digest}/drops.parquet", folder / "drops.parquet")
     store.create_json(manifest_path, manifest)
     work = Work(shards_made=len(shards), seconds=time.monotonic() - started)
     return Pairs(config.name, table_digest, rewards, Counts(**manifest["counts"]), work)
@@ -245,7 +245,7 @@ def _step(stage: str, into: int, out: int, why: str) -> dict[str, Any]:
     return {"stage": stage, "into": into, "out": out, "dropped": {why: into - out} if into > out else {}}
 
 
-def _choose(config: PairingConfig, rewards: NDArray[np.float64], arrays: ShardColumns, ids: pa.ChunkedArray) -> Choice:
+def _choose(config: PairingConfig, rewards: NDArray[np.float64], arrays: ShardColumns, bits: Hashes) -> Choice:
     texts = arrays.texts
     if config.rule == "generator_delta":
         return pairing.generator_delta(rewards, texts, arrays.authors)
@@ -253,7 +253,7 @@ def _choose(config: PairingConfig, rewards: NDArray[np.float64], arrays: ShardCo
         return pairing.labelled(rewards, texts, arrays.authors)
     if config.rule == "best_vs_worst":
         return pairing.best_vs_worst(rewards, texts)
-    draws = uniform(id_bits(ids), rewards.shape[1], config.seed)
+    draws = uniform(bits, rewards.shape[1], config.seed)
     rule = pairing.best_vs_random if config.rule == "best_vs_random" else pairing.random_pair
     return rule(rewards, texts, draws)
 
@@ -272,7 +272,8 @@ def _shard_tables(
     prompts = read_shard(columns.store, shard["digest"], ["prompt_id", "source"])
     rewards = arrays.rewards.get(survey.scorer, np.full(arrays.texts.shape, np.nan))
     finite = np.isfinite(rewards).sum(axis=1)
-    choice = _choose(config, rewards, arrays, prompts["prompt_id"])
+    bits = id_bits(prompts["prompt_id"])
+    choice = _choose(config, rewards, arrays, bits)
     variance, error = pvar_with_error(rewards, survey.scale)
     known = posterior(variance, finite, survey.prior) if survey.prior else Posterior(variance, error)
     lost = np.flatnonzero(choice.reason != KEPT)
@@ -285,6 +286,7 @@ def _shard_tables(
     (best, worst), (longer, shorter), (ours, theirs) = sides(rewards), sides(arrays.tokens), sides(arrays.authors)
     values: dict[str, Any] = {
         "prompt_id": prompts["prompt_id"].take(row).combine_chunks(),
+        "id_bits": bits[row],
         "shard": np.full(len(row), index),
         "row": row,
         "source": prompts["source"].take(row).combine_chunks(),
@@ -360,7 +362,7 @@ def _mean_by_row(values: NDArray[np.float64] | None, rows: int) -> NDArray[np.fl
     return np.divide(np.where(known, values, 0.0).sum(axis=1), n, out=np.full(rows, np.nan), where=n > 0)
 
 
-def id_bits(ids: pa.ChunkedArray | pa.Array) -> NDArray[np.uint64]:
+def id_bits(ids: pa.ChunkedArray | pa.Array) -> Hashes:
     """The first 64 bits of prompt ids, which are digests in hex."""
     array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     if not len(array):

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from tasks.config import FIELD
 from tasks.errors import ConfigError
 from tasks.ingest import read_shard, shards_of
-from tasks.pair import id_bits
 from tasks.records import Pairs
 from tasks.store import Store
 
-_PLACES = {"shard", "row", "chosen_sample", "rejected_sample"}  # integers that measure nothing
+_PLACES = {"id_bits", "shard", "row", "chosen_sample", "rejected_sample"}  # integers that measure nothing
 _BATCH = 65_536
 
 
@@ -67,8 +66,7 @@ class PairTable:
 
     def ids(self) -> NDArray[np.uint64]:
         """64 bits of each pair's prompt id."""
-        parts = [id_bits(batch["prompt_id"]) for batch in self.batches(["prompt_id"])]
-        return np.concatenate([np.empty(0, np.uint64), *parts])
+        return self.file.read(["id_bits"])["id_bits"].to_numpy()
 
     def rows_at(self, places: list[int]) -> dict[int, dict[str, Any]]:
         """Whole rows, by their number; places: rising."""

@@ -7,7 +7,6 @@ subset.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,8 +47,8 @@ def publish(
         Meter(report, "publish", known.counts.into, "rows", reused=known.counts.into)
         return known
     meter = Meter(report, "publish", selection.counts.out, "rows")
-    with tempfile.TemporaryDirectory() as folder:
-        room, target = Path(folder) / "room", Path(folder) / "version"
+    with store.room() as folder:
+        room, target = folder / "room", folder / "version"
         ends = _Ends(selection.counts.out)
         summary = _write_rows(config, selection, store, room, target / "data", meter, ends)
         counts = {"into": selection.counts.out, "out": summary["rows"], "dropped": {}}

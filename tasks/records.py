@@ -71,6 +71,7 @@ NAME = pa.dictionary(pa.int32(), pa.string())  # one of few
 PAIRS = pa.schema(
     [
         ("prompt_id", pa.string()),
+        ("id_bits", pa.uint64()),  # its first 64 bits: what ties and draws go by
         ("shard", pa.int32()),  # index of the prompt shard, then the row in it
         ("row", pa.int32()),
         ("source", NAME),

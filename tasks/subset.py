@@ -85,8 +85,9 @@ class _Taken:
         self.rows = rows
 
 
-def _steps(config: SubsetConfig, table: PairTable, ids: NDArray[np.uint64]) -> _Taken:
-    taken = _Taken(np.arange(table.rows), np.arange(table.rows), np.full(table.rows, -1, np.int16))
+def _steps(config: SubsetConfig, table: PairTable, ids: ranking.Hashes) -> _Taken:
+    rows = np.arange(table.rows)
+    taken = _Taken(rows, rows, np.full(table.rows, -1, np.int16))
     ranked = False
     for step in config.steps:
         if isinstance(step, FilterStep):
@@ -94,7 +95,7 @@ def _steps(config: SubsetConfig, table: PairTable, ids: NDArray[np.uint64]) -> _
             taken.pool = taken.pool if ranked else taken.rows
         else:
             ranked = True
-            _rank(step, table, taken, ranking.hashes(ids, config.seed), config.seed)
+            _rank(step, table, taken, ids, config.seed)
     return taken
 
 
@@ -114,33 +115,43 @@ def _filter(step: FilterStep, table: PairTable, taken: _Taken) -> None:
     taken.drop(words, left, rows[side == 0])
 
 
-def _rank(step: RankStep, table: PairTable, taken: _Taken, ties: NDArray[np.uint64], seed: int) -> None:
+def _rank(step: RankStep, table: PairTable, taken: _Taken, ids: ranking.Hashes, seed: int) -> None:
+    ids = ids[taken.rows]
     if step.rank == "random":
-        values = ranking.hashes(ties[taken.rows], _RANDOM).astype(np.float64)
+        values = ranking.hashes(ranking.hashes(ids, seed), _RANDOM).astype(np.float64)
     else:
         values = table.numbers(step.rank)[taken.rows]
-    known = ~np.isnan(values)
-    none, rows, values = taken.rows[~known], taken.rows[known], values[known]
-    hashes = ties[rows]
+    known = np.flatnonzero(~np.isnan(values))
     picked = [np.empty(0, np.int64)]
-    for at, number in _strata(step, table, rows, values, hashes):
-        picked.append(at[ranking.best(values[at], hashes[at], number, step.keep)])
+    for at, number in _strata(step, table, taken.rows, values, known, ids, seed):
+        picked.append(at[ranking.best(values[at], ids[at], seed, number, step.keep)])
     inside = np.concatenate(picked)
-    inside = inside[ranking.order(values[inside], hashes[inside], step.keep)]
-    outside = np.ones(len(rows), np.bool_)
+    inside = inside[ranking.order(values[inside], ids[inside], seed, step.keep)]
+    outside = ~np.isnan(values)
     outside[inside] = False
     words = describe_step(step.model_dump(), seed)
-    taken.drop(words, {f"no {step.rank}": none, f"outside {words}": rows[outside]}, rows[inside])
+    left = {f"no {step.rank}": taken.rows[np.isnan(values)], f"outside {words}": taken.rows[outside]}
+    taken.drop(words, left, taken.rows[inside])
 
 
 def _strata(
-    step: RankStep, table: PairTable, rows: Ints, values: NDArray[np.float64], hashes: NDArray[np.uint64]
+    step: RankStep,
+    table: PairTable,
+    rows: Ints,
+    values: NDArray[np.float64],
+    known: Ints,
+    ids: ranking.Hashes,
+    seed: int,
 ) -> Iterator[tuple[Ints, int]]:
-    """Which of the rows a step ranks together, by their place, and how many of them it takes."""
-    strata = {"": np.arange(len(rows))}
+    """Which of the rows a step ranks together, by their place, and how many of them it takes.
+
+    rows, values, ids: of what the step gets; known: places of those that have a value.
+    """
+    strata = {"": known}
     if step.by:
         numbers, names = table.texts(step.by)
-        strata = {name: np.flatnonzero(numbers[rows] == i) for i, name in enumerate(names)}
+        numbers = numbers[rows[known]]
+        strata = {name: known[numbers == i] for i, name in enumerate(names)}
     sizes = {name: len(at) for name, at in strata.items() if len(at)}
     whole = sum(sizes.values())
     if step.count is not None:
@@ -152,13 +163,13 @@ def _strata(
             size = ranking.size(len(at), step.fraction, None)
         if step.tokens is not None:
             tokens = (table.numbers("chosen_tokens") + table.numbers("rejected_tokens"))[rows[at]].astype(np.int64)
-            ordered = tokens[ranking.order(values[at], hashes[at], step.keep)]
+            ordered = tokens[ranking.order(values[at], ids[at], seed, step.keep)]
             share = step.quotas.get(name, 0.0) if step.quotas else size / whole
             size = ranking.within_budget(ordered, step.tokens * share)
         yield at, size
 
 
-def _control(control: str, config: SubsetConfig, table: PairTable, chosen: _Taken, ids: NDArray[np.uint64]) -> _Taken:
+def _control(control: str, config: SubsetConfig, table: PairTable, chosen: _Taken, ids: ranking.Hashes) -> _Taken:
     """As many pairs of the subset's pool, taken in another way."""
     pool, number = chosen.pool, len(chosen.rows)
     if number == len(pool):
@@ -166,17 +177,16 @@ def _control(control: str, config: SubsetConfig, table: PairTable, chosen: _Take
             f"subset {config.name!r}: the control {control!r} would be the subset itself, since that takes its whole "
             "pool; take less, or remove the control"
         )
-    ties = ranking.hashes(ids, config.seed)
     # By name too: controls of two subsets are to be independent draws.
     named = int.from_bytes(hashlib.blake2b(config.name.encode(), digest_size=6).digest(), "big")
-    draws = ranking.hashes(ranking.hashes(ties, _CONTROL), named)
+    draws = ranking.hashes(ranking.hashes(ranking.hashes(ids, config.seed), _CONTROL), named)
     match = None
     if control == "random":
         rows = pool[np.argsort(draws[pool])][:number]
     elif control == "bottom":
         step = [s for s in config.steps if isinstance(s, RankStep) and s.rank != "random"][-1]
         other = "bottom" if step.keep == "top" else "top"
-        rows = pool[ranking.order(table.numbers(step.rank)[pool], ties[pool], other)][:number]
+        rows = pool[ranking.order(table.numbers(step.rank)[pool], ids[pool], config.seed, other)][:number]
     else:
         rows, match = _matched(_MATCHED_ON[control], table, chosen, draws)
     if not len(rows):

@@ -23,7 +23,7 @@ from tasks.selection import pairing, pvar, ranking, winrate
 rewards = np.array([[0.0, 1.0], [2.0, 2.0]])
 pvar.pvar(rewards)
 pairing.best_vs_worst(rewards, np.array([[1, 2], [3, 4]]))
-ranking.order(rewards[:, 0], ranking.hashes(np.array([1, 2], np.uint64), 0))
+ranking.order(rewards[:, 0], np.array([1, 2], np.uint64), 0)
 winrate.win_rate(rewards, rewards)
 """,
     "help": """

@@ -401,16 +401,15 @@ def ids(number: int) -> list[str]:
     return [f"prompt-{i}" for i in range(number)]
 
 
-def hashed(names: list[str], seed: int) -> np.ndarray:
-    """Hashes of 64 bits of digests, as the pairs table has them."""
-    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
-    return hashes(np.frombuffer(digests, np.uint64), seed)
+def bits(names: list[str]) -> np.ndarray:
+    """64 bits of digests, as the pairs table has them."""
+    return np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names), np.uint64)
 
 
 def test_top_takes_large_values_first_and_bottom_small_ones() -> None:
     values = np.array([0.2, NAN, 0.5, 0.1, 0.4])
-    assert order(values, hashed(ids(5), 0)).tolist() == [2, 4, 0, 3]
-    assert order(values, hashed(ids(5), 0), "bottom").tolist() == [3, 0, 4, 2]
+    assert order(values, bits(ids(5)), 0).tolist() == [2, 4, 0, 3]
+    assert order(values, bits(ids(5)), 0, "bottom").tolist() == [3, 0, 4, 2]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 5), st.sampled_from(["top", "bottom"]))
@@ -418,22 +417,22 @@ def test_ties_are_broken_by_the_prompt_and_the_seed_not_by_the_position(
     values: list[int], seed: int, keep: str
 ) -> None:
     names = ids(len(values))
-    straight = [names[i] for i in order(np.array(values, dtype=float), hashed(names, seed), keep)]
-    turned = [names[::-1][i] for i in order(np.array(values[::-1], dtype=float), hashed(names[::-1], seed), keep)]
+    straight = [names[i] for i in order(np.array(values, dtype=float), bits(names), seed, keep)]
+    turned = [names[::-1][i] for i in order(np.array(values[::-1], dtype=float), bits(names[::-1]), seed, keep)]
     assert straight == turned
 
 
 def test_top_and_bottom_of_tied_values_share_no_row_before_they_must() -> None:
     values = np.array([1.0] * 30)
-    top, bottom = order(values, hashed(ids(30), 4)), order(values, hashed(ids(30), 4), "bottom")
+    top, bottom = order(values, bits(ids(30)), 4), order(values, bits(ids(30)), 4, "bottom")
     assert top[:15].tolist() == bottom[:14:-1].tolist()
     assert not set(top[:15].tolist()) & set(bottom[:15].tolist())
 
 
 def test_another_seed_breaks_ties_in_another_way() -> None:
     values = np.zeros(50)
-    assert order(values, hashed(ids(50), 1)).tolist() != order(values, hashed(ids(50), 2)).tolist()
-    assert sorted(order(values, hashed(ids(50), 1)).tolist()) == list(range(50))
+    assert order(values, bits(ids(50)), 1).tolist() != order(values, bits(ids(50)), 2).tolist()
+    assert sorted(order(values, bits(ids(50)), 1).tolist()) == list(range(50))
 
 
 def test_the_hash_of_a_prompt_is_the_same_on_every_machine() -> None:
@@ -442,7 +441,7 @@ def test_the_hash_of_a_prompt_is_the_same_on_every_machine() -> None:
 
 def test_random_order_is_stable_in_size_and_when_prompts_are_added() -> None:
     def drawn(names: list[str], number: int) -> list[str]:
-        ranked = order(hashed(names, 3).astype(np.float64), hashed(names, 3))
+        ranked = order(hashes(bits(names), 3).astype(np.float64), bits(names), 3)
         return [names[i] for i in ranked[:number]]
 
     small, large = drawn(ids(200), 20), drawn(ids(200), 50)
@@ -455,7 +454,7 @@ def test_random_order_favours_no_position() -> None:
     names = ids(1000)
     taken = np.zeros(1000)
     for seed in range(200):
-        taken[order(hashed(names, seed).astype(np.float64), hashed(names, seed))[:250]] += 1
+        taken[order(hashes(bits(names), seed).astype(np.float64), bits(names), seed)[:250]] += 1
     halves = taken[:500].sum(), taken[500:].sum()
     assert abs(halves[0] - halves[1]) / 50_000 < 0.02
     assert taken.min() > 20 and taken.max() < 85  # binomial(200, 1/4): mean 50, deviation 6

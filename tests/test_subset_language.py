@@ -37,6 +37,7 @@ def row_of(i: int, **values: Any) -> dict[str, Any]:
     """A pair of the i-th prompt."""
     return {
         "prompt_id": digest(i),
+        "id_bits": int(digest(i)[:16], 16),
         "source": "a",
         "level": i,
         "pvar": 0.1,

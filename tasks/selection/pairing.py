@@ -91,9 +91,9 @@ def _by_reward(rewards: Floats, texts: Ints, there: Bools, chosen: Ints, rejecte
     row = np.arange(len(rewards))
     reason = _reasons(rewards, texts, row, chosen, rejected, there.sum(axis=1) < 2, TOO_FEW)
     # Where all rewards tie both sides are one sample: its text says nothing, those of the others do.
-    first = np.take_along_axis(texts, chosen[:, None], axis=1)
-    varied = ((texts != first) & there).any(axis=1)
-    reason[(chosen == rejected) & varied & (reason == SAME)] = TIE
+    one = np.flatnonzero((chosen == rejected) & (reason == SAME))
+    varied = ((texts[one] != texts[one, chosen[one]][:, None]) & there[one]).any(axis=1)
+    reason[one[varied]] = TIE
     return Choice(row, chosen, rejected, reason)
 
 

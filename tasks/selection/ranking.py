@@ -14,26 +14,26 @@ Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 
-def order(values: Floats, ties: Hashes, keep: str = "top") -> Ints:
+def order(values: Floats, ids: Hashes, seed: int, keep: str = "top") -> Ints:
     """Row numbers from first to last taken; rows whose value is NaN are left out.
 
-    values: [pairs]; ties: `hashes` of their prompts; keep: "top" takes large values first, "bottom" small ones.
+    values: [pairs]; ids: 64 bits of their prompts' ids; keep: "top" takes large values first, "bottom" small ones.
     """
     rows = np.flatnonzero(~np.isnan(values))
-    ordered = rows[np.lexsort((ties[rows], values[rows]))]
+    ordered = rows[np.lexsort((hashes(ids[rows], seed), values[rows]))]
     return ordered[::-1] if keep == "top" else ordered  # so that top and bottom share no tied row before they must
 
 
-def best(values: Floats, ties: Hashes, number: int, keep: str = "top") -> Ints:
+def best(values: Floats, ids: Hashes, seed: int, number: int, keep: str = "top") -> Ints:
     """The first `number` rows of `order`, without sorting the others. values: without NaN."""
     if number >= len(values) or number <= 0:
-        return order(values, ties, keep)[: max(0, number)]
+        return order(values, ids, seed, keep)[: max(0, number)]
     signed = values if keep == "top" else -values
     cut = np.partition(signed, len(values) - number)[len(values) - number]
     inside, tied = np.flatnonzero(signed > cut), np.flatnonzero(signed == cut)
-    of_tied = tied[order(np.zeros(len(tied)), ties[tied], keep)][: number - len(inside)]
+    of_tied = tied[order(np.zeros(len(tied)), ids[tied], seed, keep)][: number - len(inside)]
     rows = np.concatenate([inside, of_tied])
-    return rows[order(values[rows], ties[rows], keep)]
+    return rows[order(values[rows], ids[rows], seed, keep)]
 
 
 def hashes(ids: Hashes, seed: int) -> Hashes:
