@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +29,9 @@ class Drafts(Store):
 
     def list(self, prefix: str) -> Sequence[str]:
         return sorted({*self.store.list(prefix), *self.drafts.list(prefix)})
+
+    def room(self) -> AbstractContextManager[Path]:
+        return self.drafts.room()
 
     def fetch(self, path: str, target: Path) -> Path:
         return self._holder(path).fetch(path, target)
