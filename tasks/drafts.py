@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,8 +30,10 @@ class Drafts(Store):
     def list(self, prefix: str) -> Sequence[str]:
         return sorted({*self.store.list(prefix), *self.drafts.list(prefix)})
 
-    def room(self) -> AbstractContextManager[Path]:
-        return self.drafts.room()
+    @contextmanager
+    def room(self) -> Iterator[Path]:
+        with self.drafts.room() as folder:
+            yield folder
 
     def fetch(self, path: str, target: Path) -> Path:
         return self._holder(path).fetch(path, target)
