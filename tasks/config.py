@@ -24,6 +24,7 @@ from tasks.sections import (
     Section,
     unique,
 )
+from tasks.training import PolicyConfig, TrainingConfig
 
 DEFAULT_STORE = ".prefsieve/store"
 PAIR_SCORE = "score"  # what the scores of imported pairs are called
@@ -299,38 +300,6 @@ class CurateConfig(RunConfig):
         _known(f"subset {subset!r}: rank", step.rank.partition(":")[0], [*metrics, "random", *fields])
         if step.by:
             _known(f"subset {subset!r}: by", step.by, texts)
-
-
-class TrainingConfig(Section):
-    """How to train; the defaults suit full fine-tuning of a small model by DPO."""
-
-    objective: Literal["dpo"] = Field("dpo", description="Training objective.")
-    beta: float = Field(0.1, gt=0, description="DPO's beta, on summed log-probabilities (0.01-0.5).")
-    learning_rate: float = Field(1e-6, gt=0, description="Peak; falls along a cosine.")
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="Share of the steps in which it rises to the peak.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the subset, unless max_steps is set.")
-    max_steps: int = Field(0, ge=0, description="Optimiser steps; 0 goes by epochs.")
-    batch_size: int = Field(32, ge=1, description="Pairs per optimiser step.")
-    micro_batch_size: int = Field(8, ge=1, description="Pairs per forward pass; divides batch_size.")
-    max_length: int = Field(1024, ge=2, description="Longest prompt + response in tokens; longer pairs are dropped.")
-    gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
-    save_steps: int = Field(0, ge=0, description="Checkpoint interval in steps; 0 saves ten times in a run.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Order of the pairs.")
-
-    @model_validator(mode="after")
-    def _micro_batches(self) -> TrainingConfig:
-        if self.batch_size % min(self.micro_batch_size, self.batch_size):
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
-        return self
-
-
-class PolicyConfig(Section):
-    model: str = Field(description="Folder or hub name of the model to start from, or policy:NAME[@VERSION].")
-    revision: str = Field("", description="Branch, tag or commit on the hub; empty for the default.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Numeric type of weights and training.")
-    trust_remote_code: bool = Field(False, description="Run code that ships with the model. Only if you trust it.")
-    cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for training.")
-    gpus: float = Field(0, ge=0, le=1, description="GPUs that Ray reserves for training.")
 
 
 class TrainConfig(RunConfig):

@@ -12,7 +12,8 @@ from tasks.config import TrainConfig
 from tasks.errors import ConfigError, RunError
 from tasks.models import fetch_policy
 from tasks.store import Store
-from tasks.train import TrainWorker, train
+from tasks.job import Job
+from tasks.train import train
 from tasks.versions import damage, find_version, read_manifest
 from tests.conftest import Curated, TinyModels, copy_store
 
@@ -94,22 +95,22 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(trained: Any, tmp_path: 
     cut = copy_store(store, tmp_path / "store")
     (attempt,) = (Path(cut.url) / "policies" / config.name / "checkpoints").glob("*/*")
     (attempt / "checkpoint-6" / "complete.json").unlink()
-    worker = TrainWorker(config, "delta", attempt.parent.name, cut.url)
+    worker = Job(config, "delta", attempt.parent.name, cut.url, [])
     assert worker._last_checkpoint(tmp_path / "room").name == "checkpoint-4"
 
 
 def test_an_attempt_leaves_the_checkpoints_of_another_that_still_runs(trained: Any, tmp_path: Path) -> None:
     config, _, _ = trained
     cut = copy_store(trained[1], tmp_path / "store")
-    one, two = (TrainWorker(config, "delta", "inputs", cut.url) for _ in range(2))
+    one, two = (Job(config, "delta", "inputs", cut.url, []) for _ in range(2))
 
-    def save(worker: TrainWorker, step: int) -> None:
+    def save(worker: Job, step: int) -> None:
         folder = tmp_path / worker.attempt / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(str(step))
         worker._save_checkpoint(folder)
 
-    def kept(worker: TrainWorker) -> list[str]:
+    def kept(worker: Job) -> list[str]:
         return [path.split("/")[-2] for path in worker._complete() if worker.attempt in path]
 
     for step in (2, 4, 6):
@@ -136,17 +137,23 @@ def test_settings_that_leave_the_weights_alone_are_not_in_the_name_of_a_policy(t
 def test_pairs_that_do_not_fit_are_dropped_and_counted(trained: Any, tiny_models: TinyModels, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from tasks.trainers.dpo import _load_pairs
+    from tasks.trainers.data import load_pairs
     from tasks.versions import fetch_version
 
-    _, store, _ = trained
+    config, store, _ = trained
     data = fetch_version(store, find_version(store, "delta"), "data/", tmp_path / "data")
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.generator)
-    pairs, counts = _load_pairs(data, tokenizer, 100, tmp_path / "cache")
+    short = config.model_copy(update={"train": config.train.model_copy(update={"max_length": 100})})
+    pairs, counts = load_pairs(short, data, tokenizer, tmp_path / "cache")
     assert 0 < counts.out == len(pairs) < counts.into == 12
     assert counts.dropped == {"longer than max_length": counts.into - counts.out}
     with pytest.raises(RunError, match="longer than max_length 3; raise it"):
-        _load_pairs(data, tokenizer, 3, tmp_path / "cache")
+        load_pairs(
+            short.model_copy(update={"train": short.train.model_copy(update={"max_length": 3})}),
+            data,
+            tokenizer,
+            tmp_path,
+        )
 
 
 def test_a_path_or_an_unknown_subset_is_refused(tiny_models: TinyModels, trained: Any) -> None:
@@ -166,6 +173,6 @@ def test_a_damaged_subset_is_not_trained_on(trained: Any, tiny_models: TinyModel
     content[len(content) // 2] ^= 1
     file.unlink()
     file.write_bytes(content)
-    worker = TrainWorker(train_config(tiny_models, cut, subset="top"), "top", "inputs", cut.url)
+    worker = Job(train_config(tiny_models, cut, subset="top"), "top", "inputs", cut.url, [])
     with pytest.raises(ConfigError, match="damaged"):
-        worker.run()
+        worker.run(lambda *state: None)

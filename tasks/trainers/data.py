@@ -1,0 +1,70 @@
+"""A published subset as training data: pairs that fit, with what their objective needs of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, load_dataset
+from numpy.typing import NDArray
+
+from tasks.config import TrainConfig
+from tasks.errors import ConfigError, RunError
+from tasks.records import Counts
+
+_TEXTS = ["prompt", "chosen", "rejected"]
+
+
+def load_pairs(config: TrainConfig, data: Path, tokenizer: Any, cache: Path) -> tuple[Dataset, Counts]:
+    """The pairs that fit into max_length, and how many there were. TRL would cut the longer ones, and drop the longest,
+    without a word.
+
+    data: folder with the version's Parquet files; cache: folder for what `datasets` keeps.
+    """
+    files = sorted(str(file) for file in data.glob("*.parquet"))
+    pairs = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
+    settings = config.train.settings
+    needs = [*settings.needs, *(["margin"] if config.train.by_margin else [])]
+    missing = [name for name in needs if name not in pairs.column_names]
+    if missing:
+        raise ConfigError(
+            f"objective {config.train.objective!r} needs the column {missing[0]!r}, and {config.subset} has none; it "
+            f"has: {', '.join(name for name in pairs.column_names if name not in _TEXTS)}"
+        )
+    pairs = pairs.select_columns([*_TEXTS, *dict.fromkeys(needs)])
+    if getattr(settings, "swapped", False):
+        pairs = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    max_length = config.train.max_length
+    fitting = pairs.filter(lambda row: _tokens(tokenizer, row) <= max_length)
+    dropped = len(pairs) - len(fitting)
+    if not len(fitting):
+        raise RunError(f"train: all {len(pairs)} pairs are longer than max_length {max_length}; raise it")
+    return fitting, Counts(len(pairs), len(fitting), {"longer than max_length": dropped} if dropped else {})
+
+
+def numbers(pairs: Dataset, names: list[str]) -> dict[str, NDArray[np.float64]]:
+    """Columns of numbers, NaN where there is none; [pairs] each."""
+    return {name: np.array(pairs.with_format("numpy")[name][:], dtype=np.float64) for name in names}
+
+
+def unpaired(pairs: Dataset, seed: int) -> Dataset:
+    """Prompt, completion and label of both sides of every pair, shuffled.
+
+    KTO takes them as they come, and meets each prompt with its neighbour's completion: the two sides of one pair are
+    not to stand side by side.
+    """
+    sides = pairs.to_dict()
+    rows = {
+        "prompt": [*sides["prompt"], *sides["prompt"]],
+        "completion": [*sides["chosen"], *sides["rejected"]],
+        "label": [True] * len(pairs) + [False] * len(pairs),
+    }
+    order = np.random.default_rng(seed).permutation(2 * len(pairs))
+    return Dataset.from_dict(rows).select(order)
+
+
+def _tokens(tokenizer: Any, row: dict[str, Any]) -> int:
+    """Tokens of the prompt with the longer response."""
+    sides = [row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]]
+    return max(len(tokenizer.apply_chat_template(side, tokenize=True, return_dict=False)) for side in sides)
