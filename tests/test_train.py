@@ -10,9 +10,9 @@ import pytest
 
 from tasks.config import TrainConfig
 from tasks.errors import ConfigError, RunError
+from tasks.job import Job
 from tasks.models import fetch_policy
 from tasks.store import Store
-from tasks.job import Job
 from tasks.train import train
 from tasks.versions import damage, find_version, read_manifest
 from tests.conftest import Curated, TinyModels, copy_store
