@@ -65,3 +65,8 @@ class PairBatch:
     def delta(self) -> Tensor:
         """lr(y_w) - lr(y_l), [pairs]."""
         return self.chosen.ratio - self.rejected.ratio
+
+    @property
+    def delta_of_means(self) -> Tensor:
+        """lr(y_w)/|y_w| - lr(y_l)/|y_l|, [pairs]."""
+        return self.chosen.ratio / self.chosen.length - self.rejected.ratio / self.rejected.length

@@ -4,25 +4,25 @@ arXiv 2602.00954. A pair whose sides a reward model can hardly tell apart teache
 one; its chosen side is still worth imitating. tau is a quantile of the subset's margins or a threshold; the pairs come
 sorted by margin, largest first, without shuffling. beta of summed log-ratios, 0.01. The paper's runs on Llama and
 Mistral have eps = 0.1, so their DPO branch is conservative DPO: give a baseline the same eps.
+
+Degenerate: pairs at the threshold go to DPO, so at a quantile of 0 all do; a pair without a margin is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tasks.objectives.batch import PairBatch
 from tasks.objectives.dpo import smoothed
+from tasks.objectives.numbers import Data, Floats, column
 from tasks.objectives.settings import Mixdpo
 
 
-def columns(data: Mapping[str, NDArray[np.float64]], settings: Mixdpo) -> dict[str, NDArray[np.float64]]:
-    """imitate: 1 for the pairs that go to SFT. Those at the threshold do not."""
-    margin = data["margin"]
+def columns(data: Data, settings: Mixdpo) -> dict[str, Floats]:
+    """imitate: 1 for the pairs that go to SFT."""
+    margin = column(data, "margin")
     tau = settings.threshold if settings.threshold is not None else np.quantile(margin, settings.quantile)
     return {"imitate": (margin < tau).astype(np.float64)}
 
