@@ -22,6 +22,8 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from tasks.config import TrainConfig
 from tasks.errors import RunError
+from tasks.objectives import kto
+from tasks.objectives.settings import Kto
 from tasks.records import Counts
 from tasks.trainers.data import load_pairs, unpaired
 from tasks.trainers.pairs import Kept, PairTrainer
@@ -80,19 +82,24 @@ def _trainer(
         "processing_class": tokenizer,
         "callbacks": [_Follow(config, hooks)],
     }
-    if config.train.objective == "kto":
+    settings = config.train.settings
+    if isinstance(settings, Kto):
+        rows = unpaired(pairs, config.train.seed)
+        desirable, undesirable = kto.weights(sum(rows["label"]), len(rows) - sum(rows["label"]), settings)
         return KTOTrainer(
             args=KTOConfig(
-                **_arguments(config, files, len(pairs), per_row=2),
-                **config.train.settings.model_dump(),
+                **_arguments(config, files, len(pairs), per_pair=2),
+                beta=settings.beta,
+                desirable_weight=desirable,
+                undesirable_weight=undesirable,
             ),
-            train_dataset=unpaired(pairs, config.train.seed),
+            train_dataset=rows,
             **common,
         )
     arguments = DPOConfig(
         **_arguments(config, files, len(pairs)),
-        beta=config.train.settings.beta,
-        loss_type=[config.train.settings.trl or "sigmoid"],
+        beta=settings.beta,
+        loss_type=[settings.trl or "sigmoid"],
         train_sampling_strategy="sequential" if config.train.by_margin else "random",
     )
     helpers = [_load(config, model).eval() for model in files.helpers]
@@ -129,8 +136,8 @@ def _lasting(entry: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if name != "num_tokens"}
 
 
-def _arguments(config: TrainConfig, files: Files, pairs: int, per_row: int = 1) -> dict[str, Any]:
-    """per_row: sequences that stand for one of the configuration's pairs in a batch."""
+def _arguments(config: TrainConfig, files: Files, pairs: int, per_pair: int = 1) -> dict[str, Any]:
+    """per_pair: rows of a batch that stand for one of the configuration's pairs."""
     train, workers = config.train, config.policy.workers
     micro = min(train.micro_batch_size, train.batch_size // workers)
     steps = train.max_steps or max(1, math.ceil(train.epochs * pairs / train.batch_size))
@@ -141,7 +148,7 @@ def _arguments(config: TrainConfig, files: Files, pairs: int, per_row: int = 1) 
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(train.warmup_ratio * steps),
         "max_steps": steps,
-        "per_device_train_batch_size": micro * per_row,
+        "per_device_train_batch_size": micro * per_pair,
         "gradient_accumulation_steps": train.batch_size // (micro * workers),
         "max_length": train.max_length,
         "gradient_checkpointing": train.gradient_checkpointing,
