@@ -22,6 +22,8 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from tasks.config import TrainConfig
 from tasks.errors import RunError
+from tasks.objectives import kto
+from tasks.objectives.settings import Kto
 from tasks.records import Counts
 from tasks.trainers.data import load_pairs, unpaired
 from tasks.trainers.pairs import Kept, PairTrainer
@@ -80,11 +82,14 @@ def _trainer(
         "processing_class": tokenizer,
         "callbacks": [_Follow(config, hooks)],
     }
-    if config.train.objective == "kto":
+    if isinstance(config.train.settings, Kto):
+        desirable, undesirable = kto.weights(len(pairs), len(pairs), config.train.settings)
         return KTOTrainer(
             args=KTOConfig(
                 **_arguments(config, files, len(pairs), per_row=2),
-                **config.train.settings.model_dump(),
+                beta=config.train.settings.beta,
+                desirable_weight=desirable,
+                undesirable_weight=undesirable,
             ),
             train_dataset=unpaired(pairs, config.train.seed),
             **common,
