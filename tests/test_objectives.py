@@ -489,14 +489,14 @@ def test_confpo_keeps_no_token_that_is_below_the_mean_by_rounding_only(dtype: to
 def test_tis_weights_rise_with_rank_in_opposite_directions() -> None:
     plus, minus = np.array([-1.0, -2.0, -3.0, -2.0]), np.array([-2.0, -2.0, -1.0, -2.0])  # s_t: -1, 0, 2, 0
     settings = Tisdpo()
-    assert tisdpo.token_weights(plus, minus, "rejected", settings).tolist() == pytest.approx([0.7, 1.0, 1.3, 1.0])
-    assert tisdpo.token_weights(plus, minus, "chosen", settings).tolist() == pytest.approx([1.3, 1.0, 0.7, 1.0])
-    for side in ("chosen", "rejected"):
-        assert tisdpo.token_weights(plus[:1], minus[:1], side, settings).tolist() == [1.0]
-        assert tisdpo.token_weights(plus[:0], minus[:0], side, settings).tolist() == []
-        assert tisdpo.token_weights(plus, plus, side, Tisdpo(low=0, high=1)).tolist() == [0.5] * 4
+    assert tisdpo.token_weights(plus, minus, False, settings).tolist() == pytest.approx([0.7, 1.0, 1.3, 1.0])
+    assert tisdpo.token_weights(plus, minus, True, settings).tolist() == pytest.approx([1.3, 1.0, 0.7, 1.0])
+    for chosen in (True, False):
+        assert tisdpo.token_weights(plus[:1], minus[:1], chosen, settings).tolist() == [1.0]
+        assert tisdpo.token_weights(plus[:0], minus[:0], chosen, settings).tolist() == []
+        assert tisdpo.token_weights(plus, plus, chosen, Tisdpo(low=0, high=1)).tolist() == [0.5] * 4
     with pytest.raises(RunError, match="not finite"):
-        tisdpo.token_weights(np.array([-np.inf]), np.array([-np.inf]), "chosen", settings)
+        tisdpo.token_weights(np.array([-np.inf]), np.array([-np.inf]), True, settings)
 
 
 @pytest.mark.parametrize("name", PAIRED)
@@ -532,7 +532,7 @@ def test_every_objective_has_its_module_and_says_what_it_needs() -> None:
     }  # fmt: skip
     assert SETTINGS["dpo"](label_smoothing=0.1).trl == "" and SETTINGS["sft"](average="tokens").trl == "sft"
     assert SETTINGS["gdpo"](shares="votes").needs == ["votes"]
-    assert SETTINGS["crpo"](weights={"margin.a": 1, "margin": 2}).needs == ["margin.a", "margin"]
+    assert SETTINGS["crpo"](weights={"a": 1, "margin.b": 1, "margin": 2}).needs == ["margin.a", "margin.b", "margin"]
 
 
 @pytest.mark.parametrize(
@@ -542,9 +542,9 @@ def test_every_objective_has_its_module_and_says_what_it_needs() -> None:
         ("dpo", {"gamma": 1}),
         ("madpo", {"c_max": 1}),
         ("madpo", {"c_min": 1}),
-        ("madpo", {"margin": "pvar"}),
+        ("madpo", {"margin": ""}),
         ("crpo", {"weights": {}}),
-        ("crpo", {"weights": {"quality": 1}}),
+        ("crpo", {"weights": {"quality": 1, "margin.quality": 1}}),
         ("crpo", {"weights": {"margin": 0}}),
         ("tisdpo", {"low": 1.4}),
     ],

@@ -7,14 +7,21 @@ its own default, and they cannot be compared.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tasks.sections import Section
+from tasks.sections import Section, unique
 
 Reference = Literal["none", "sums", "tokens"]
-MarginName = Annotated[str, StringConstraints(pattern=r"^margin(\..+)?$")]
+
+
+def margin_column(name: str) -> str:
+    """Column of a scorer's margins in a published subset; `margin` is that of the scorer that decided."""
+    return name if name == "margin" or name.startswith("margin.") else f"margin.{name}"
+
+
+MarginName = Annotated[str, Field(min_length=1), AfterValidator(margin_column)]
 Weight = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=0.5)]
 
@@ -41,7 +48,7 @@ class Objective(Section):
 
 
 class WithMargin(Objective):
-    margin: MarginName = Field("margin", description="Column to go by: margin, or margin.NAME of another scorer.")
+    margin: MarginName = Field("margin", description="Column to go by: margin, or the NAME of another scorer.")
 
     @property
     def needs(self) -> list[str]:
@@ -50,6 +57,7 @@ class WithMargin(Objective):
 
 class Dpo(Objective):
     label_smoothing: Share = Field(0.0, description="Share of pairs whose label is taken to be wrong.")
+    swapped: bool = Field(False, description="Take rejected for chosen and chosen for rejected, as TIS-DPO's helper.")
 
     @property
     def trl(self) -> str:
@@ -146,8 +154,17 @@ class Dadpo(WithMargin):
 
 class Crpo(Objective):
     weights: dict[MarginName, Weight] = Field(
-        {"margin": 1.0}, min_length=1, description="Weight lambda of each margin: of margin, margin.NAME ..."
+        {"margin": 1.0},
+        min_length=1,
+        description="lambda of each: of margin, or of another scorer by its NAME.",
     )
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _each_once(cls, weights: Any) -> Any:
+        if isinstance(weights, dict):
+            unique("weights", [margin_column(str(name)) for name in weights])
+        return weights
 
     @property
     def needs(self) -> list[str]:

@@ -12,8 +12,6 @@ middle weight. Weights of 1 are DPO.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -24,12 +22,12 @@ from tasks.objectives.numbers import Floats, percentiles
 from tasks.objectives.settings import Tisdpo
 
 
-def token_weights(plus: Floats, minus: Floats, side: Literal["chosen", "rejected"], settings: Tisdpo) -> Floats:
+def token_weights(plus: Floats, minus: Floats, chosen: bool, settings: Tisdpo) -> Floats:
     """Weights of a response's tokens, [tokens]; plus, minus: the helper models' log-probabilities of them."""
     plus, minus = np.asarray(plus, np.float64), np.asarray(minus, np.float64)
     if not (np.isfinite(plus).all() and np.isfinite(minus).all()):
         raise RunError("train: a helper model of tisdpo gives a token a log-probability that is not finite")
-    ranks = percentiles(plus - minus if side == "chosen" else minus - plus)
+    ranks = percentiles(plus - minus if chosen else minus - plus)
     return settings.low + (settings.high - settings.low) * ranks
 
 

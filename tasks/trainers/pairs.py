@@ -88,7 +88,7 @@ class PairTrainer(DPOTrainer):
         for side in ("chosen", "rejected"):
             made[f"{side}_reference_tokens"] = reference[side]
             made[f"{side}_weights"] = [
-                self.objective.token_weights(np.array(plus), np.array(minus), side, self.settings).tolist()
+                self.objective.token_weights(np.array(plus), np.array(minus), side == "chosen", self.settings).tolist()
                 for plus, minus in zip(helpers[0][side], helpers[1][side], strict=True)
             ]
         return made
