@@ -135,6 +135,24 @@ def test_two_workers_follow_the_same_curve_as_one(store: Store, tiny_models: Tin
     assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)
 
 
+def test_the_two_sides_of_a_pair_are_no_neighbours_when_unpaired() -> None:
+    from datasets import Dataset
+
+    from tasks.trainers.data import unpaired
+
+    texts = [str(i) for i in range(9)]
+    pairs = Dataset.from_dict(
+        {"prompt": texts, "chosen": [f"{t} good" for t in texts], "rejected": [f"{t} bad" for t in texts]}
+    )
+    rows = list(unpaired(pairs, seed=0))
+    assert [row["label"] for row in rows] == [True, False] * 9
+    assert all(row["completion"] == f"{row['prompt']} {'good' if row['label'] else 'bad'}" for row in rows)
+    assert sorted(row["prompt"] for row in rows) == sorted(texts * 2)
+    prompts = [row["prompt"] for row in rows]
+    assert all(prompts[i] != prompts[i - 1] for i in range(len(prompts)))
+    assert prompts != [row["prompt"] for row in unpaired(pairs, seed=1)]
+
+
 KILLED = """
 import sys
 from tasks.config import TrainConfig

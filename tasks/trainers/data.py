@@ -49,19 +49,21 @@ def numbers(pairs: Dataset, names: list[str]) -> dict[str, NDArray[np.float64]]:
 
 
 def unpaired(pairs: Dataset, seed: int) -> Dataset:
-    """Prompt, completion and label of both sides of every pair, shuffled.
+    """Prompt, completion and label of both sides of every pair, shuffled: a chosen and a rejected one in turn.
 
-    KTO takes them as they come, and meets each prompt with its neighbour's completion: the two sides of one pair are
-    not to stand side by side.
+    KTO takes rows as they come, and meets each prompt with its neighbour's completion: the two sides of one pair stand
+    half the data set apart.
     """
-    sides = pairs.to_dict()
-    rows = {
-        "prompt": [*sides["prompt"], *sides["prompt"]],
-        "completion": [*sides["chosen"], *sides["rejected"]],
-        "label": [True] * len(pairs) + [False] * len(pairs),
-    }
-    order = np.random.default_rng(seed).permutation(2 * len(pairs))
-    return Dataset.from_dict(rows).select(order)
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    turned = np.roll(order, len(pairs) // 2)
+    chosen, rejected = pairs.select(order), pairs.select(turned)
+    sides = [(chosen["prompt"][:], chosen["chosen"][:], True), (rejected["prompt"][:], rejected["rejected"][:], False)]
+    rows = [
+        {"prompt": prompt, "completion": completion, "label": label}
+        for both in zip(*(zip(p, c, [label] * len(p), strict=True) for p, c, label in sides), strict=True)
+        for prompt, completion, label in both
+    ]
+    return Dataset.from_list(rows)
 
 
 def _tokens(tokenizer: Any, row: dict[str, Any]) -> int:
