@@ -23,7 +23,18 @@ from tasks.explain import explain
 from tasks.ingest import read_shard, shards_of
 from tasks.pairtable import PairTable
 from tasks.progress import Meter, Report, silent
-from tasks.records import MESSAGES, PREFERENCES, SCHEMA_VERSION, Counts, Selection, Version, Work, digest, with_scorers
+from tasks.records import (
+    MESSAGES,
+    PREFERENCES,
+    SCHEMA_VERSION,
+    Counts,
+    Selection,
+    Version,
+    Work,
+    digest,
+    rounded,
+    with_scorers,
+)
 from tasks.report import report_html
 from tasks.samples import held_by, rows_of
 from tasks.store import Store, parquet_options
@@ -150,7 +161,7 @@ def _write_rows(
                 sums[name] = [sums[name][0] + float(values.sum()), sums[name][1] + len(values)]
     if writer:
         writer.close()
-    means = {name: round(total / n, 6) if n else None for name, (total, n) in sums.items()}
+    means = {name: rounded(total / n) if n else None for name, (total, n) in sums.items()}
     return {"rows": written, **{f"mean_{name}": mean for name, mean in means.items()}}
 
 

@@ -25,7 +25,7 @@ from tasks.describe import describe_step
 from tasks.errors import ConfigError, RunError
 from tasks.pairtable import PairTable
 from tasks.progress import Meter, Report, silent
-from tasks.records import LEFT_OUT, SCHEMA_VERSION, SELECTION, Counts, Pairs, Selection, Work, digest
+from tasks.records import LEFT_OUT, SCHEMA_VERSION, SELECTION, Counts, Pairs, Selection, Work, digest, rounded
 from tasks.selection import controls, ranking
 from tasks.store import Store
 
@@ -237,7 +237,7 @@ def _matched(metric: str, table: PairTable, chosen: _Taken, draws: NDArray[np.ui
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    return round(float(values.mean()), 6) if len(values) else None
+    return rounded(values.mean()) if len(values) else None
 
 
 def _keep(config: SubsetConfig, control: str, taken: _Taken, pairs: Pairs, store: Store, started: float) -> Selection:

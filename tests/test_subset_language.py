@@ -22,7 +22,7 @@ from tasks.describe import describe, describe_step
 from tasks.errors import ConfigError, RunError
 from tasks.explain import explain, overlap
 from tasks.pairtable import PairTable
-from tasks.records import PAIRS, PROMPTS, Completions, Counts, Pairs, PromptSet, Rewards, Selection, digest
+from tasks.records import PAIRS, PROMPTS, Completions, Counts, Pairs, PromptSet, Rewards, Selection, digest, rounded
 from tasks.selection import ranking
 from tasks.store import Store
 from tasks.subset import selection_path, subset
@@ -589,6 +589,36 @@ def test_a_subset_that_takes_everything_is_explained(store: Store) -> None:
     assert explained["length_correlation"] is None
     assert explained["ranked_by"] is None
     assert (explained["sources"], explained["control"]) == ({"a": {"inside": 4, "outside": 0}}, None)
+
+
+def test_small_numbers_keep_their_digits_in_an_explanation(store: Store) -> None:
+    """PVar of rewards a thousandth apart is about 1e-7."""
+    rows = [row_of(i, pvar=1.23456789e-7 * (i + 1)) for i in range(10)]
+    config = subset_of({"rank": "pvar", "count": 1})
+    [selection] = subset(config, table_of(store, rows), store)
+    told = explain(config, selection, store)["metrics"]["pvar"]
+    assert (told["inside"], told["outside"]) == (1.23457e-06, 6.17284e-07)
+    edges = told["histogram"]["edges"]
+    assert len(set(edges)) == len(edges) and edges == sorted(edges)
+    assert sum(told["histogram"]["outside"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1234.56789012, 1234.56789),
+        (0.123456789, 0.123457),
+        (-0.00123456789, -0.00123457),
+        (9.9999999e-5, 1e-4),
+        (2.5e-12, 2.5e-12),
+        (5.6e-17, 0.0),  # what 0.1 + 0.2 - 0.3 leaves
+        (0.0, 0.0),
+        (1.0, 1.0),
+        (np.float64(0.5), 0.5),
+    ],
+)
+def test_numbers_of_reports_have_six_decimals_or_six_digits(value: float, expected: float) -> None:
+    assert rounded(value) == expected and type(rounded(value)) is float
 
 
 def test_overlaps_count_prompts_across_tables(store: Store) -> None:
