@@ -66,6 +66,8 @@ def pair(
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
             "allotment": completions.allotment,
+            # PVar's prior is fitted on the first round, of which two ladders to one allotment may differ.
+            **({"ladder": list(completions.ladder)} if completions.ladder else {}),
             "completions": list(columns.generators.values()),
             "generators": [[name, completions.generators.get(name)] for name in columns.authors],
             "scorer": scorer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_the_subset_tells_its_rounds_and_holds_the_texts_it_names(adapted: Curat
         for side in ("chosen", "rejected"):
             written = float(row[side][0]["content"][1:].split("]")[0])
             assert written == pytest.approx(row[f"score_{side}"], abs=0.6)
+
+
+def test_ladders_that_end_in_one_allotment_make_two_tables(adapted: Curated) -> None:
+    """The prior is fitted on the first round, which has another pilot here."""
+    completions = replace(adapted.completions, ladder=(3, 8, 12))
+    table = pair(PairingConfig(), replace(adapted.rewards, completions=completions), adapted.store)
+    assert table.digest != adapted.pairs[0].digest
+    one, other = (
+        [row["pvar_posterior"] for row in pairs_of(adapted, digest).values()]
+        for digest in (table.digest, adapted.pairs[0].digest)
+    )
+    assert one != other
 
 
 def test_a_dry_run_walks_the_rounds_and_shows_the_subset_that_is_then_made(adapted: Curated) -> None:
