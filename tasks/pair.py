@@ -101,7 +101,8 @@ def _deciding(config: PairingConfig, columns: Columns) -> str:
     if not columns.scorers and config.rule not in ("labelled", "generator_delta"):
         raise ConfigError(
             f"pair {config.name!r}: rule {config.rule} goes by rewards, and there are none; use rule: labelled for "
-            "pairs that were imported, or add a scorer under `score`"
+            "pairs that were imported; for other rows name the columns with ratings, as in "
+            "import.ratings: [{name: score}], or add a scorer under `score`"
         )
     if config.rule == "labelled" and set(columns.rewards.completions.authors) != {CHOSEN, REJECTED}:
         raise ConfigError(f"pair {config.name!r}: rule labelled is for imported pairs; use best_vs_worst")
