@@ -187,7 +187,7 @@ def _tables(selection: Selection, store: Store, room: Path) -> Iterator[pa.Table
     pairs = PairTable(store, selection.pairs, room)
     further = [name.removeprefix("margin.") for name in pairs.schema.names if name.startswith("margin.")]
     schema = with_scorers(PREFERENCES, further)
-    texts = _Texts(store, shards)
+    texts = Texts(store, shards)
     start = 0
     for batch in pairs.batches():
         low, high = np.searchsorted(rows, [start, start + batch.num_rows])
@@ -201,7 +201,7 @@ def _tables(selection: Selection, store: Store, room: Path) -> Iterator[pa.Table
                 yield texts.join(int(shard[at]), taken.slice(at, min(_ROWS, last - at)), schema)
 
 
-class _Texts:
+class Texts:
     """Looks up prompts and completions of one shard at a time."""
 
     def __init__(self, store: Store, shards: list[dict[str, Any]]) -> None:
@@ -209,6 +209,7 @@ class _Texts:
         self.held: tuple[int, dict[str, pa.ListArray]] = (-1, {})  # a shard, and columns of its files
 
     def join(self, shard: int, pairs: pa.Table, schema: pa.Schema) -> pa.Table:
+        """Pairs of one shard with their texts, as conversations: those columns of both that the schema names."""
         if shard != self.held[0]:
             self.held = (shard, {})
         columns = {
