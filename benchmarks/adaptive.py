@@ -1,6 +1,7 @@
 """Completions that adaptive PVar saves, and what the subset loses by it: made-up rewards, TinyWorld, and a real judge.
 
-    .venv/bin/python benchmarks/adaptive.py [--tinyworld FOLDER] [--ratings FILE] [--seeds 2] [--out FILE.json]
+    .venv/bin/python benchmarks/adaptive.py [--tinyworld FOLDER] [--ratings FILE] [--seeds 2] [--first-seed 0]
+        [--out FILE.json]
 
 For a subset of the top 10 %, against 16 completions for every prompt ranked by PVar: the saving (16 / mean completions,
 those of the pilot included), the quality (mean true PVar of the adaptive subset / that of the fixed subset), their
@@ -78,14 +79,15 @@ class Case:
 def main() -> None:
     arguments = _arguments()
     started = time.monotonic()
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     results = []
     for shape in SHAPES:
         for automatic in (False, True):
-            cases = [made_up(shape, automatic, 20_000, seed) for seed in range(arguments.seeds)]
+            cases = [made_up(shape, automatic, 20_000, seed) for seed in seeds]
             results.append(measure(cases, bound(shape, cases[0].scale)))
             few = [replace(case, ladder=FEW_ROUNDS) for case in cases]
             results.append(measure(few, None, f"{cases[0].name}, few rounds"))
-    small = [made_up("normal, s 1", True, 1000, seed) for seed in range(4 * arguments.seeds)]
+    small = [made_up("normal, s 1", True, 1000, seed) for seed in range(4 * seeds.start, 4 * seeds.stop)]
     results.append(measure(small, None, "normal, s 1, T auto, 1,000 prompts"))
     for cases in (*tinyworld(arguments), *ratings(arguments.ratings)):
         results.append(measure(cases, None))
@@ -98,6 +100,7 @@ def main() -> None:
         "fraction": FRACTION,
         "ladder": adaptive.LADDER,
         "few_rounds": FEW_ROUNDS,
+        "seeds": list(seeds),
         "seconds": round(time.monotonic() - started),
         "results": results,
     }
@@ -111,6 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=1000, help="of TinyWorld")
     parser.add_argument("--ratings", type=Path, help="Parquet file with instruction_id, instruction, preference")
     parser.add_argument("--seeds", type=int, default=2, help="of the made-up rewards")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the made-up rewards")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "adaptive.json")
     return parser.parse_args()
 

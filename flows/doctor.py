@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import models
+from tasks.adapt import deciding_scorers, walk
 from tasks.check import check, checks
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.drafts import Drafts
@@ -24,7 +25,7 @@ from tasks.pair import pair
 from tasks.records import Completions, Counts, PromptSet, Rewards
 from tasks.samples import wanted
 from tasks.score import files_to_rate, missing_rewards
-from tasks.sections import GenerateConfig, ScorerConfig
+from tasks.sections import GenerateConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
 from tasks.subset import subset
 from tasks.train import find_training
@@ -55,13 +56,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, TrainConfig):
         done = find_training(config, store)
         work.append({"stage": "train", "what": config.name, "to do": f"nothing, {done}" if done else "train"})
-    if isinstance(config, EvaluateConfig):
-        work += _engine_work(config, store)[0]
     selection: dict[str, Any] = {}
-    if isinstance(config, CurateConfig):
-        with tempfile.TemporaryDirectory() as folder:
-            drafts = Drafts(store, Path(folder))
-            made, rewards = _import_work(config, store, drafts) if config.import_ else _engine_work(config, store)
+    with tempfile.TemporaryDirectory() as folder:
+        drafts = Drafts(store, Path(folder))
+        if isinstance(config, EvaluateConfig):
+            work += _engine_work(config, drafts)[0]
+        if isinstance(config, CurateConfig):
+            made, rewards = _import_work(config, store, drafts) if config.import_ else _engine_work(config, drafts)
             work += made
             if rewards:
                 selection = sketch(config, rewards, drafts)
@@ -100,47 +101,88 @@ def _import_work(config: CurateConfig, store: Store, drafts: Store) -> tuple[lis
     score = _score_work(scorers, known.completions, drafts)
     fingerprints = {s.name: models.scorer_fingerprint(s, store) for s in scorers}
     rewards = replace(known, scorers={**known.scorers, **fingerprints})
-    return [*work, *score], rewards if all(row["to do"] == _NOTHING for row in score) else None
+    return [*work, *score], rewards if _done(score) else None
 
 
-def _engine_work(config: CurateConfig | EvaluateConfig, store: Store) -> tuple[list[dict[str, Any]], Rewards | None]:
+def _engine_work(config: CurateConfig | EvaluateConfig, drafts: Store) -> tuple[list[dict[str, Any]], Rewards | None]:
     """Of ingest, generate and score; and the rewards, when nothing is missing.
 
     How much is missing can be told as far as what it builds on is there.
     """
     assert config.ingest and config.generate and config.score
-    prompts = known_prompts(config.ingest, store)
+    prompts = known_prompts(config.ingest, drafts)
     found = f"{prompts.counts.out:,} prompts, all in the store" if prompts else "read the source"
     ingest = {"stage": "ingest", "what": config.ingest.source, "to do": found}
     each = f"{config.generate.samples} samples per prompt"
+    if config.generate.adaptive:
+        steps = ", ".join(map(str, config.generate.adaptive.ladder))
+        each = f"{steps} samples per prompt, in rounds, as their rewards decide"
     generate = [{"stage": "generate", "what": g.name, "to do": each} for g in config.generate.generators]
     score = [{"stage": "score", "what": s.name, "to do": "a reward per sample"} for s in config.score.scorers]
     rewards = None
-    if config.generate.adaptive:
-        steps = ", ".join(map(str, config.generate.adaptive.ladder))
-        for row in generate:
-            row["to do"] = f"{steps} samples per prompt, in rounds, as their rewards decide"
-    elif prompts:
-        generate = _generate_work(config.generate, prompts, store)
-        if all(row["to do"] == _NOTHING for row in generate):
-            made = {g.name: models.generator_fingerprint(g, store) for g in config.generate.generators}
-            completions = Completions(prompts, config.generate.samples, made, prompts.counts)
-            score = _score_work(config.score.scorers, completions, store)
-            if all(row["to do"] == _NOTHING for row in score):
-                scorers = {s.name: models.scorer_fingerprint(s, store) for s in config.score.scorers}
+    if prompts:
+        if config.generate.adaptive:
+            generate, score, completions = _rounds_work(config.generate, config.score, prompts, drafts, score)
+        else:
+            generate, completions = _generate_work(config.generate, prompts, drafts)
+        if completions:
+            score = _score_work(config.score.scorers, completions, drafts)
+            if _done(score):
+                scorers = {s.name: models.scorer_fingerprint(s, drafts) for s in config.score.scorers}
                 rewards = Rewards(completions, scorers, Counts(0, 0))
     return [ingest, *generate, *score], rewards
 
 
-def _generate_work(config: GenerateConfig, prompts: PromptSet, store: Store) -> list[dict[str, Any]]:
+def _rounds_work(
+    config: GenerateConfig, scoring: ScoreConfig, prompts: PromptSet, drafts: Store, unknown: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Completions | None]:
+    """Of generate and score in rounds, up to the first that something is missing of; and the completions, when none is.
+
+    unknown: what is said of scorers of which nothing is known yet.
+    """
+    deciding = deciding_scorers(config, scoring)
+    scorer = deciding.scorers[0]
+    number, score = 0, unknown
+    generate: list[dict[str, Any]] = []
+
+    def look(allotment: str) -> Rewards | None:
+        nonlocal number, generate, score
+        number += 1
+        generate, completions = _generate_work(config, prompts, drafts, allotment)
+        if not completions:
+            return None
+        mine = _score_work(deciding.scorers, completions, drafts)
+        if not _done(mine):
+            score = [mine[0] if row["what"] == scorer.name else row for row in unknown]
+            return None
+        return Rewards(completions, {scorer.name: models.scorer_fingerprint(scorer, drafts)}, Counts(0, 0))
+
+    adapted = walk(config, scorer.name, prompts, drafts, look)
+    if adapted:
+        return generate, score, adapted.completions
+    for row in [*generate, *score]:
+        if row["to do"] != _NOTHING and row not in unknown:
+            row["to do"] = f"round {number}: {row['to do']}, and what the rounds after it ask for"
+    return generate, score, None
+
+
+def _generate_work(
+    config: GenerateConfig, prompts: PromptSet, drafts: Store, allotment: str = ""
+) -> tuple[list[dict[str, Any]], Completions | None]:
+    """By what is in the store; and the completions, when nothing is missing."""
     work = []
-    for generator in config.generators:
-        fingerprint = models.generator_fingerprint(generator, store)
-        items = missing_completions(store, fingerprint, list(wanted(store, prompts, config.samples)))
+    fingerprints = {g.name: models.generator_fingerprint(g, drafts) for g in config.generators}
+    for name, fingerprint in fingerprints.items():
+        items = missing_completions(drafts, fingerprint, list(wanted(drafts, prompts, config.samples, allotment)))
         samples = sum(item["rows"] * (item["last"] - item["first"]) for item in items)
         what = f"{samples:,} samples in {len(items):,} files" if items else _NOTHING
-        work.append({"stage": "generate", "what": generator.name, "to do": what})
-    return work
+        work.append({"stage": "generate", "what": name, "to do": what})
+    made = Completions(prompts, config.samples, fingerprints, prompts.counts, allotment=allotment)
+    return work, made if _done(work) else None
+
+
+def _done(work: list[dict[str, Any]]) -> bool:
+    return all(row["to do"] == _NOTHING for row in work)
 
 
 def _score_work(scorers: list[ScorerConfig], completions: Completions, store: Store) -> list[dict[str, Any]]:

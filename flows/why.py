@@ -11,16 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.errors import ConfigError, RunError
-from tasks.ingest import read_shard, shards_of
+from tasks.ingest import shards_of
 from tasks.pairtable import PairTable
-from tasks.records import Completions, Counts, Pairs, PromptSet, Rewards
-from tasks.samples import held_by, rows_of
+from tasks.publish import Texts
+from tasks.records import PREFERENCES, Completions, Counts, Pairs, PromptSet, Rewards
 from tasks.store import Store
 from tasks.subset import selection_path
 from tasks.versions import find_version, read_manifest
 
 _SHORTEST = 8  # characters of a prompt id
 _EXCERPT = 300  # characters of a text
+_PLACE = ("row", "chosen_file", "chosen_sample", "rejected_file", "rejected_sample")
+_TEXTS = pa.schema([PREFERENCES.field(name) for name in ("prompt", "chosen", "rejected")])
 
 
 def why(store: Store, wanted: str, prompt_id: str) -> dict[str, Any]:
@@ -108,13 +110,7 @@ def _told(row: dict[str, Any], metrics: list[str]) -> dict[str, Any]:
 
 def _texts(store: Store, pairs: Pairs, row: dict[str, Any]) -> dict[str, str]:
     """The beginnings of the prompt and of both sides of one of its pairs."""
-    shard = shards_of(store, pairs.rewards.completions.prompts)[row["shard"]]["digest"]
-    messages = read_shard(store, shard, ["messages"])["messages"][row["row"]].as_py()
-    texts = {"prompt": " ".join(message["content"] for message in messages)}
-    for side in ("chosen", "rejected"):
-        file = row[f"{side}_file"]
-        held = held_by(file)
-        part = rows_of(store)(held)
-        at = row["row"] if part is None else int(np.searchsorted(part, row["row"]))
-        texts[side] = store.read_table(file, ["texts"])["texts"][at].as_py()[row[f"{side}_sample"] - held.first]
-    return {name: text[:_EXCERPT] for name, text in texts.items()}
+    texts = Texts(store, shards_of(store, pairs.rewards.completions.prompts))
+    place = pa.Table.from_pylist([{name: row[name] for name in _PLACE}])
+    [found] = texts.join(row["shard"], place, _TEXTS).to_pylist()
+    return {name: " ".join(message["content"] for message in said)[:_EXCERPT] for name, said in found.items()}

@@ -9,6 +9,7 @@ How many samples each prompt has ended with is its allotment; the rounds are kep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -46,22 +47,44 @@ def adapt(
 
     `config.samples` is the fixed number that they are measured by.
     """
+    deciding = deciding_scorers(config, scoring)
+
+    def make(allotment: str) -> Rewards:
+        completions = generate(config, prompts, store, report, address, allotment)
+        return score(deciding, completions, store, report, address)
+
+    adapted = walk(config, deciding.scorers[0].name, prompts, store, make)
+    assert adapted
+    return adapted
+
+
+def deciding_scorers(config: GenerateConfig, scoring: ScoreConfig) -> ScoreConfig:
+    """The one whose rewards decide."""
+    assert config.adaptive
+    name = config.adaptive.scorer or scoring.scorers[0].name
+    return scoring.model_copy(update={"scorers": [scorer for scorer in scoring.scorers if scorer.name == name]})
+
+
+def walk(
+    config: GenerateConfig, scorer: str, prompts: PromptSet, store: Store, make: Callable[[str], Rewards | None]
+) -> Rewards | None:
+    """Round by round as the rewards of `scorer` decide.
+
+    make: from an allotment to the rewards of its samples. Where it has none, that is the end, and there are none here.
+    """
     settings = config.adaptive
     assert settings
-    name = settings.scorer or scoring.scorers[0].name
-    deciding = scoring.model_copy(update={"scorers": [scorer for scorer in scoring.scorers if scorer.name == name]})
     counts = first_counts(prompts.counts.out, settings.ladder)
     prior, scale, generated, scored = None, 1.0, Work(), Work()
     rounds: list[dict[str, Any]] = []
-    while True:
-        completions = generate(config, prompts, store, report, address, allot(store, counts))
-        rewards = score(deciding, completions, store, report, address)
+    while rewards := make(allot(store, counts)):
+        completions = rewards.completions
         generated, scored = generated.plus(completions.work), scored.plus(rewards.work)
         columns = Columns([], rewards, [], store)
         if prior is None:
-            scale = reward_scale(settings.reward_scale, name, columns)
-            prior = fit_prior(sample_of(name, columns, counts), scale)
-        values, finite, tokens, fixed_tokens = _so_far(name, columns, scale, config.samples)
+            scale = reward_scale(settings.reward_scale, scorer, columns)
+            prior = fit_prior(sample_of(scorer, columns, counts), scale)
+        values, finite, tokens, fixed_tokens = _so_far(scorer, columns, scale, config.samples)
         step = next_round(
             posterior(values, finite, prior),
             counts,
@@ -77,6 +100,7 @@ def adapt(
             made = replace(completions, work=generated, ladder=tuple(settings.ladder), rounds=tuple(rounds))
             return replace(rewards, completions=made, work=scored)
         counts = climb(counts, step.going, settings.ladder)
+    return None
 
 
 def reward_scale(wanted: float, scorer: str, columns: Columns) -> float:

@@ -275,6 +275,11 @@ class CurateConfig(RunConfig):
         where = f"pair {pairing.name!r}"
         if pairing.scorer:
             _known(f"{where}: scorer", pairing.scorer.partition(":")[0], self.scorers)
+        if not self.scorers and pairing.rule not in ("labelled", "generator_delta"):
+            raise ValueError(
+                f"{where}: rule {pairing.rule} goes by rewards, and there are none; name the columns with ratings, as "
+                "in import.ratings: [{name: score}], or add a scorer under `score`"
+            )
         if not self.generate:
             return
         for scorer in self.score.scorers if self.score else []:

@@ -15,7 +15,7 @@ from tasks.columns import Columns
 from tasks.config import CompareConfig
 from tasks.ingest import read_shard, shards_of
 from tasks.progress import Meter, Report, silent
-from tasks.records import SCHEMA_VERSION, Rewards, digest
+from tasks.records import SCHEMA_VERSION, Rewards, digest, rounded
 from tasks.selection.winrate import win_rate
 from tasks.store import Store
 
@@ -76,7 +76,7 @@ def _lengths(tokens: np.ndarray, samples: int) -> dict[str, float | None]:
 
 def _mean(values: np.ndarray) -> float | None:
     known = values[np.isfinite(values)]
-    return round(float(known.mean()), 6) if len(known) else None
+    return rounded(known.mean()) if len(known) else None
 
 
 def _sources(store: Store, shard: str) -> np.ndarray:

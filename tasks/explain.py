@@ -18,7 +18,7 @@ from tasks.config import RankStep, SubsetConfig
 from tasks.describe import describe
 from tasks.ingest import read_shard, shards_of
 from tasks.pairtable import PairTable
-from tasks.records import Selection
+from tasks.records import Selection, rounded
 from tasks.store import Store
 from tasks.subset import selection_path
 
@@ -98,7 +98,7 @@ def overlaps(prompts: dict[str, NDArray[np.uint64]]) -> list[dict[str, Any]]:
 def _compare(inside: Floats, outside: Floats) -> dict[str, Any]:
     """Means and counts by bin. Bins are equal, from the 0.5 % to the 99.5 % quantile; the outer ones take the rest."""
     inside, outside = inside[~np.isnan(inside)], outside[~np.isnan(outside)]
-    low, high = np.quantile(np.concatenate([inside, outside]), [0.005, 0.995])
+    low, high = map(rounded, np.quantile(np.concatenate([inside, outside]), [0.005, 0.995]))
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, _BINS + 1)
@@ -106,7 +106,7 @@ def _compare(inside: Floats, outside: Floats) -> dict[str, Any]:
         "inside": _mean(inside),
         "outside": _mean(outside),
         "histogram": {
-            "edges": [_round(edge) for edge in edges],
+            "edges": [rounded(edge) for edge in edges],
             "inside": np.histogram(np.clip(inside, low, high), edges)[0].tolist(),
             "outside": np.histogram(np.clip(outside, low, high), edges)[0].tolist(),
         },
@@ -169,8 +169,9 @@ def _shift(inside: NDArray[np.bool_], values: Floats) -> dict[str, float | None]
 
 
 def _mean(values: Floats) -> float | None:
-    return _round(values.mean()) if len(values) else None
+    return rounded(values.mean()) if len(values) else None
 
 
 def _round(value: float) -> float:
+    """Of what has a scale of its own: shares, correlations, deviations."""
     return round(float(value), 6)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tasks.config import PAIR_SCORE
 from tasks.prompts import check_unicode, prompt_row
-from tasks.sections import ImportConfig, RatingConfig
+from tasks.sections import ImportConfig, RatingConfig, check_pair_ratings
 from tasks.sources import BadRow
 
 CHOSEN, REJECTED = "chosen", "rejected"  # who wrote the sides of a pair
@@ -39,10 +39,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Understood:
-    """prompt: a row of PROMPTS."""
+    """prompt: a row of PROMPTS; bad: what is wrong with those of its completions that cannot be used."""
 
     prompt: dict[str, Any]
     completions: list[Completion]
+    bad: list[BadRow] = field(default_factory=list)
 
 
 def form_of(row: dict[str, Any], config: ImportConfig) -> str:
@@ -63,13 +64,9 @@ def understand(row: dict[str, Any] | BadRow, config: ImportConfig) -> Understood
     if isinstance(row, BadRow):
         raise row
     try:
-        understood = {"long": _long, "nested": _nested, "pairs": _pair}[form_of(row, config)](row, config)
+        return {"long": _long, "nested": _nested, "pairs": _pair}[form_of(row, config)](row, config)
     except RecursionError:
         raise BadRow("nested too deeply", "") from None
-    longest = max(len(completion.text) for completion in understood.completions)
-    if longest > config.max_chars:
-        raise BadRow("completion too long", f"{longest} characters")
-    return understood
 
 
 def ratings_of(config: ImportConfig) -> list[RatingConfig]:
@@ -81,9 +78,9 @@ def _long(row: dict[str, Any], config: ImportConfig) -> Understood:
     columns = config.columns
     prompt = row.get(columns.prompt, row.get("messages"))
     if columns.text in row:
-        text = _text(row[columns.text])
+        text = _text(row[columns.text], config)
     elif isinstance(prompt, list) and prompt and _role(prompt[-1]) == "assistant":
-        prompt, text = prompt[:-1], _text(prompt[-1:])
+        prompt, text = prompt[:-1], _text(prompt[-1:], config)
     else:
         raise BadRow("no text column", _names(row))
     ratings = {rating.name: rate(rating, _at(row, rating.column or rating.name)) for rating in config.ratings}
@@ -98,14 +95,25 @@ def _nested(row: dict[str, Any], config: ImportConfig) -> Understood:
         elements = _side_by_side(row, config)
     if not isinstance(elements, list) or not elements:
         raise BadRow("no completions", repr(elements))
-    completions = []
+    understood = Understood(_prompt(row.get(columns.prompt), row, config), [])
     for element in elements:
-        if not isinstance(element, dict):
-            element = {columns.text: element}
-        text = _text(_at(element, columns.text))
-        ratings = {rating.name: rate(rating, _at(element, rating.column or rating.name)) for rating in config.ratings}
-        completions.append(Completion(_generator(_at(element, columns.generator)), text, ratings))
-    return Understood(_prompt(row.get(columns.prompt), row, config), completions)
+        try:
+            understood.completions.append(_element(element, config))
+        except BadRow as bad:
+            understood.bad.append(bad)
+    if not understood.completions:
+        raise understood.bad[0]
+    return understood
+
+
+def _element(element: Any, config: ImportConfig) -> Completion:
+    """One of several completions in a row."""
+    columns = config.columns
+    if not isinstance(element, dict):
+        element = {columns.text: element}
+    text = _text(_at(element, columns.text), config)
+    ratings = {rating.name: rate(rating, _at(element, rating.column or rating.name)) for rating in config.ratings}
+    return Completion(_generator(_at(element, columns.generator)), text, ratings)
 
 
 def _side_by_side(row: dict[str, Any], config: ImportConfig) -> list[dict[str, Any]]:
@@ -129,6 +137,7 @@ def _side_by_side(row: dict[str, Any], config: ImportConfig) -> list[dict[str, A
 
 def _pair(row: dict[str, Any], config: ImportConfig) -> Understood:
     columns = config.columns
+    check_pair_ratings(config.ratings)
     if columns.chosen not in row or columns.rejected not in row:
         raise BadRow("no chosen and rejected", _names(row))
     sides = [row[columns.chosen], row[columns.rejected]]
@@ -146,7 +155,7 @@ def _pair(row: dict[str, Any], config: ImportConfig) -> Understood:
         prompt, sides = _shared(*sides)
     scores = [row.get(columns.chosen_score), row.get(columns.rejected_score)]
     completions = [
-        Completion(name, _text(side), {rating.name: rate(rating, score) for rating in ratings_of(config)[:1]})
+        Completion(name, _text(side, config), {rating.name: rate(rating, score) for rating in ratings_of(config)})
         for name, side, score in zip((CHOSEN, REJECTED), sides, scores, strict=True)
     ]
     return Understood(_prompt(prompt, row, config), completions)
@@ -178,7 +187,7 @@ def _prompt(prompt: Any, row: dict[str, Any], config: ImportConfig) -> dict[str,
     return prompt_row(prompt, row, config)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, config: ImportConfig) -> str:
     """A completion as text, a message, or a conversation of one message."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -189,6 +198,8 @@ def _text(value: Any) -> str:
     if not value.strip():
         raise BadRow("empty completion", "")
     check_unicode(value)
+    if len(value) > config.max_chars:
+        raise BadRow("completion too long", f"{len(value)} characters")
     return value
 
 

@@ -78,7 +78,9 @@ def known_import(config: ImportConfig, store: Store) -> Rewards | None:
     if not store.exists(pointer(inputs)):
         return None
     about = store.read_json(pointer(inputs))
-    check_share(config, Counts(**about["rows"]), lambda: examples_of(store, inputs))
+    for unit in ("rows", "completions"):
+        if unit in about:
+            check_share(config, Counts(**about[unit]), lambda: examples_of(store, inputs), unit)
     return _handle(about, Work(shards_reused=about["shards"]))
 
 
@@ -94,6 +96,7 @@ def preview(config: ImportConfig, prompts: int = 3) -> dict[str, Any]:
         except BadRow as error:
             bad.append(example(number, error.reason, error.excerpt))
             continue
+        bad += [example(number, error.reason, error.excerpt) for error in understood.bad]
         assert isinstance(row, dict)
         form, columns = form_of(row, config), [_readable(name) for name in row]
         found = groups.setdefault(understood.prompt["prompt_id"], {**understood.prompt, "completions": []})
@@ -133,7 +136,7 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
     """Import everything; what is known about it, and a local file with the quarantined rows."""
     quarantine = Quarantine(folder / "quarantine.parquet")
     groups = _Groups(folder / "groups.sqlite", config.repeats)
-    bad_rows: Counter[str] = Counter()
+    bad_rows, bad_completions = Counter[str](), Counter[str]()  # of rows: of which nothing can be used
     examples: list[str] = []
     into = kept = number = 0  # completions; number: rows
     forms: set[str] = set()
@@ -142,14 +145,18 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
             understood = understand(row, config)
         except BadRow as bad:
             bad_rows[bad.reason] += 1
-            quarantine.add(number, bad)
-            if len(examples) < 3:
-                examples.append(example(number, bad.reason, bad.excerpt))
+            found = [bad]
         else:
             assert isinstance(row, dict)
             forms.add(form_of(row, config))
             new = groups.add(understood, together="pairs" in forms)
             into, kept = into + len(understood.completions), kept + new
+            bad_completions.update(bad.reason for bad in understood.bad)
+            found = understood.bad
+        for one in found:
+            quarantine.add(number, one)
+            if len(examples) < 3:
+                examples.append(example(number, one.reason, one.excerpt))
         if len(groups.authors) > _MOST_AUTHORS:
             raise ConfigError(
                 f"import.columns.generator: {config.columns.generator!r} names more than {_MOST_AUTHORS:,} generators; "
@@ -157,15 +164,21 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
             )
         if number % _BLOCK == 0:
             meter.add(_BLOCK)
-    meter.add(max(0, into + bad_rows.total() - meter.done))
+    asked = into + bad_completions.total()
+    meter.add(max(0, asked + bad_rows.total() - meter.done))
     if "pairs" in forms and len(forms) > 1:
         raise ConfigError(
             f"import.source {config.source!r} holds pairs and other rows; import them one by one, by `form`"
         )
     rows = Counts(number, number - bad_rows.total(), dict(bad_rows))
     check_share(config, rows, lambda: examples)
+    completions = Counts(asked, into, dict(bad_completions))
+    check_share(config, completions, lambda: examples, "completions")
+    # Counts are of completions; how many a row had that cannot be used is not known: it counts as one.
+    unit = "" if forms == {"long"} else " (whole row)"
+    whole = {f"{reason}{unit}": n for reason, n in bad_rows.items()}
     again = {"duplicate" if "pairs" in forms else "rated again": into - kept} if into > kept else {}
-    counts = Counts(into + bad_rows.total(), kept, {**bad_rows, **again})  # a bad row counts as one
+    counts = Counts(asked + bad_rows.total(), kept, {**whole, **bad_completions, **again})
     count_tokens, unit = _length(config)
     facts = {"schema": SCHEMA_VERSION, "stage": "import", "lengths": _tokenizer(config.tokenizer)}
     generator = models.remember_facts(facts, "import", store)
@@ -200,6 +213,7 @@ def _read(config: ImportConfig, inputs: str, store: Store, folder: Path, meter: 
         "counts": asdict(counts),
         "repeated": 0 if "pairs" in forms else groups.repeated,
         "rows": asdict(rows),
+        "completions": asdict(completions),
         "ratings": writer.rated(),
     }
     return about, quarantine.close()

@@ -119,15 +119,15 @@ def _read(config: IngestConfig, store: Store, folder: Path, meter: Meter) -> tup
     return PromptSet(set_digest, counts, Work(shards_made=len(writer.shards))), quarantine.close()
 
 
-def check_share(config: SourceConfig, counts: Counts, examples: Callable[[], list[str]]) -> None:
+def check_share(config: SourceConfig, counts: Counts, examples: Callable[[], list[str]], unit: str = "rows") -> None:
     """Duplicates are no fault; everything else dropped counts against max_quarantined."""
     if counts.out == 0:
         why = f"; dropped: {dict(counts.dropped)}. {' | '.join(examples())}" if counts.into else ""
-        raise ConfigError(f"{config.stage}.source {config.source!r} holds no usable prompt ({counts.into} rows{why})")
+        raise ConfigError(f"{config.stage}.source {config.source!r} holds no usable prompt ({counts.into} {unit}{why})")
     bad = counts.into - counts.out - counts.dropped.get("duplicate", 0)
     if bad > math.floor(config.max_quarantined * counts.into):
         raise RunError(
-            f"{config.stage}: {bad} of {counts.into} rows are bad, more than max_quarantined "
+            f"{config.stage}: {bad} of {counts.into} {unit} are bad, more than max_quarantined "
             f"{config.max_quarantined:.0%}: {dict(counts.dropped)}. {' | '.join(examples())}"
         )
 

@@ -28,7 +28,7 @@ from tasks.errors import ConfigError
 from tasks.forms import CHOSEN, REJECTED
 from tasks.ingest import read_shard, shards_of
 from tasks.progress import Meter, Report, silent
-from tasks.records import DROPS, PAIRS, SCHEMA_VERSION, Counts, Pairs, Rewards, Work, digest, with_scorers
+from tasks.records import DROPS, PAIRS, SCHEMA_VERSION, Counts, Pairs, Rewards, Work, digest, rounded, with_scorers
 from tasks.sections import EnsembleConfig
 from tasks.selection import pairing
 from tasks.selection.adaptive import first_counts
@@ -66,6 +66,8 @@ def pair(
             "prompts": completions.prompts.digest,
             "samples": completions.samples,
             "allotment": completions.allotment,
+            # PVar's prior is fitted on the first round, of which two ladders to one allotment may differ.
+            **({"ladder": list(completions.ladder)} if completions.ladder else {}),
             "completions": list(columns.generators.values()),
             "generators": [[name, completions.generators.get(name)] for name in columns.authors],
             "scorer": scorer,
@@ -99,7 +101,8 @@ def _deciding(config: PairingConfig, columns: Columns) -> str:
     if not columns.scorers and config.rule not in ("labelled", "generator_delta"):
         raise ConfigError(
             f"pair {config.name!r}: rule {config.rule} goes by rewards, and there are none; use rule: labelled for "
-            "pairs that were imported, or add a scorer under `score`"
+            "pairs that were imported; for other rows name the columns with ratings, as in "
+            "import.ratings: [{name: score}], or add a scorer under `score`"
         )
     if config.rule == "labelled" and set(columns.rewards.completions.authors) != {CHOSEN, REJECTED}:
         raise ConfigError(f"pair {config.name!r}: rule labelled is for imported pairs; use best_vs_worst")
@@ -218,7 +221,7 @@ def _mean_rewards(columns: Columns, survey: Survey, sums: Counter[str]) -> dict[
     if len(columns.authors) == 1:
         return {columns.authors[0]: _ratio(sums["reward"], sums["reward n"])}
     means = survey.generators.mean()
-    return {name: _rounded(means[i]) for i, name in enumerate(columns.authors)}
+    return {name: _finite(means[i]) for i, name in enumerate(columns.authors)}
 
 
 def _generator_delta(config: PairingConfig, columns: Columns, survey: Survey) -> dict[str, Any] | None:
@@ -227,18 +230,18 @@ def _generator_delta(config: PairingConfig, columns: Columns, survey: Survey) ->
     return {
         "stronger": columns.authors[0],
         "weaker": columns.authors[1],
-        "delta": _rounded(survey.delta[0, 1]),
-        "standard_error": _rounded(survey.generators.error(0, 1)),
+        "delta": _finite(survey.delta[0, 1]),
+        "standard_error": _finite(survey.generators.error(0, 1)),
         "prompts": int(survey.generators.prompts[0, 1]),
     }
 
 
-def _rounded(value: float) -> float | None:
-    return round(float(value), 6) if np.isfinite(value) else None
+def _finite(value: float) -> float | None:
+    return rounded(value) if np.isfinite(value) else None
 
 
 def _ratio(total: float, n: float) -> float | None:
-    return round(float(total / n), 6) if n else None
+    return rounded(total / n) if n else None
 
 
 def _step(stage: str, into: int, out: int, why: str) -> dict[str, Any]:

@@ -23,7 +23,18 @@ from tasks.explain import explain
 from tasks.ingest import read_shard, shards_of
 from tasks.pairtable import PairTable
 from tasks.progress import Meter, Report, silent
-from tasks.records import MESSAGES, PREFERENCES, SCHEMA_VERSION, Counts, Selection, Version, Work, digest, with_scorers
+from tasks.records import (
+    MESSAGES,
+    PREFERENCES,
+    SCHEMA_VERSION,
+    Counts,
+    Selection,
+    Version,
+    Work,
+    digest,
+    rounded,
+    with_scorers,
+)
 from tasks.report import report_html
 from tasks.samples import held_by, rows_of
 from tasks.store import Store, parquet_options
@@ -150,7 +161,7 @@ def _write_rows(
                 sums[name] = [sums[name][0] + float(values.sum()), sums[name][1] + len(values)]
     if writer:
         writer.close()
-    means = {name: round(total / n, 6) if n else None for name, (total, n) in sums.items()}
+    means = {name: rounded(total / n) if n else None for name, (total, n) in sums.items()}
     return {"rows": written, **{f"mean_{name}": mean for name, mean in means.items()}}
 
 
@@ -176,7 +187,7 @@ def _tables(selection: Selection, store: Store, room: Path) -> Iterator[pa.Table
     pairs = PairTable(store, selection.pairs, room)
     further = [name.removeprefix("margin.") for name in pairs.schema.names if name.startswith("margin.")]
     schema = with_scorers(PREFERENCES, further)
-    texts = _Texts(store, shards)
+    texts = Texts(store, shards)
     start = 0
     for batch in pairs.batches():
         low, high = np.searchsorted(rows, [start, start + batch.num_rows])
@@ -190,7 +201,7 @@ def _tables(selection: Selection, store: Store, room: Path) -> Iterator[pa.Table
                 yield texts.join(int(shard[at]), taken.slice(at, min(_ROWS, last - at)), schema)
 
 
-class _Texts:
+class Texts:
     """Looks up prompts and completions of one shard at a time."""
 
     def __init__(self, store: Store, shards: list[dict[str, Any]]) -> None:
@@ -198,6 +209,7 @@ class _Texts:
         self.held: tuple[int, dict[str, pa.ListArray]] = (-1, {})  # a shard, and columns of its files
 
     def join(self, shard: int, pairs: pa.Table, schema: pa.Schema) -> pa.Table:
+        """Pairs of one shard with their texts, as conversations: those columns of both that the schema names."""
         if shard != self.held[0]:
             self.held = (shard, {})
         columns = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -144,6 +145,16 @@ def digest(value: Any) -> str:
     """Hex digest (32 characters of SHA-256) of a JSON-able value, independent of key order."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def rounded(value: float) -> float:
+    """A finite number as manifests and reports have it: to six decimals, and a small one to six digits.
+
+    At most 15 decimals, so that the rounding of a sum that should be 0 does not look like a number.
+    """
+    value = float(value)
+    small = 0 < abs(value) < 1
+    return round(value, min(15, 5 - math.floor(math.log10(abs(value)))) if small else 6)
 
 
 def text_digest(text: str) -> int:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
+from tasks.errors import ConfigError
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 # A number, so that a form has an input for it; `auto` is a word for 0.
 RewardScale = Annotated[float, BeforeValidator(lambda value: 0.0 if value == "auto" else value)]
@@ -64,6 +66,22 @@ class RatingConfig(Section):
         0.0, ge=0, lt=0.5, description="Of logit: p is kept in [clip, 1 - clip]. At 0 a p of 0 or 1 is no rating."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bare_name(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            raise ValueError(f"a rating has fields; write {{name: {values}}}, and its column where that is another")
+        return values
+
+
+def check_pair_ratings(ratings: list[RatingConfig]) -> None:
+    """Of pairs, which have a score for each side; ConfigError when something else is asked for."""
+    if len(ratings) > 1 or any(rating.column for rating in ratings):
+        raise ConfigError(
+            "import.ratings: pairs have one rating, of two columns: name these in columns.chosen_score and "
+            "columns.rejected_score; their rating has a name and a transform, no column. Set `form` for other rows"
+        )
+
 
 class ImportColumnsConfig(ColumnsConfig):
     completions: str = Field("completions", description="Nested: a list of completions per row.")
@@ -84,7 +102,9 @@ class ImportConfig(SourceConfig):
         "auto", description="long: a row per completion; nested: lists in a row per prompt; auto goes by the columns."
     )
     columns: ImportColumnsConfig = Field(ImportColumnsConfig(), description="Which columns hold what.")
-    ratings: list[RatingConfig] = Field([], description="Columns with ratings. Pairs have their score columns.")
+    ratings: list[RatingConfig] = Field(
+        [], description="Columns with ratings. Pairs have one, of columns.chosen_score and rejected_score."
+    )
     repeats: Literal["samples", "ratings"] = Field(
         "samples",
         description="A text that a generator has twice for a prompt: another sample that came out alike, or the same "
@@ -93,8 +113,10 @@ class ImportConfig(SourceConfig):
     tokenizer: str = Field("", description="Folder or hub name that counts tokens; empty counts words and marks.")
 
     @model_validator(mode="after")
-    def _unique_names(self) -> ImportConfig:
+    def _ratings(self) -> ImportConfig:
         unique("import.ratings", [rating.name for rating in self.ratings])
+        if self.form == "pairs":
+            check_pair_ratings(self.ratings)
         return self
 
 

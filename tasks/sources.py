@@ -38,6 +38,8 @@ _FORMATS = {
 }
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
 _MAX_FIELD = 64 * 2**20
+_DEEPEST = 500  # levels of a JSON row: as many as Python's own functions can walk through
+_OPENING, _CLOSING = {"start_map", "start_array"}, {"end_map", "end_array"}
 _BOM = b"\xef\xbb\xbf"
 _BROKEN = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid, ijson.JSONError, csv.Error)
 
@@ -157,8 +159,10 @@ def _json_row(line: bytes) -> dict[str, Any] | BadRow:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return BadRow("not UTF-8", line.decode(errors="replace"))
-    except (ValueError, RecursionError):
+    except ValueError:
         return BadRow("not JSON", line.decode(errors="replace"))
+    except RecursionError:
+        return BadRow("nested too deeply", line.decode(errors="replace"))
     return row if isinstance(row, dict) else BadRow("not a JSON object", line.decode(errors="replace"))
 
 
@@ -167,17 +171,24 @@ def _json_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
     rest = _Rest(file)
     if rest.head and rest.head[:1] != b"[":
         raise ijson.JSONError("it holds no array; where each line is an object, set ingest.format to jsonl")
-    if rest.head:
-        for row in ijson.items(rest, "item", use_float=True):
-            yield row if isinstance(row, dict) else BadRow("not a JSON object", _shown(row))
+    if not rest.head:
+        return
+    depth, deepest, row = 0, 0, ijson.ObjectBuilder()
+    # Not ijson.items: it keeps the path to every open level, 24 GB for an array nested 100,000 deep.
+    for event, value in ijson.basic_parse(rest, use_float=True):
+        depth += (event in _OPENING) - (event in _CLOSING)
+        if depth == 0 or (depth == 1 and event in _OPENING):  # the end and the beginning of the array of rows
+            continue
+        deepest = max(deepest, depth - 1)
+        if deepest <= _DEEPEST:
+            row.event(event, value)
+        if depth == 1:
+            yield _object(row.value) if deepest <= _DEEPEST else BadRow("nested too deeply", f"{deepest:,} levels")
+            deepest, row = 0, ijson.ObjectBuilder()
 
 
-def _shown(value: Any) -> str:
-    """ijson reads values that are nested deeper than Python can show."""
-    try:
-        return repr(value)
-    except RecursionError:
-        return "nested too deeply to be shown"
+def _object(value: Any) -> dict[str, Any] | BadRow:
+    return value if isinstance(value, dict) else BadRow("not a JSON object", repr(value))
 
 
 class _Rest:

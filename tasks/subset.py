@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 
 from tasks.config import FilterStep, RankStep, SubsetConfig, control_name
 from tasks.describe import describe_step
-from tasks.errors import RunError
+from tasks.errors import ConfigError, RunError
 from tasks.pairtable import PairTable
 from tasks.progress import Meter, Report, silent
-from tasks.records import LEFT_OUT, SCHEMA_VERSION, SELECTION, Counts, Pairs, Selection, Work, digest
+from tasks.records import LEFT_OUT, SCHEMA_VERSION, SELECTION, Counts, Pairs, Selection, Work, digest, rounded
 from tasks.selection import controls, ranking
 from tasks.store import Store
 
 Ints = NDArray[np.int64]
 _CONTROL, _RANDOM = 1, 2  # of draws that say nothing of how ties fell, nor of each other
+_NAMED, _LONGEST = 20, 60  # of many values in a message, and their characters
 _MATCHED_ON = {"margin_matched": "margin", "length_matched": "length_difference"}
 
 
@@ -91,18 +92,19 @@ def _steps(config: SubsetConfig, table: PairTable, ids: ranking.Hashes) -> _Take
     ranked = False
     for step in config.steps:
         if isinstance(step, FilterStep):
-            _filter(step, table, taken)
+            _filter(step, table, taken, config.name)
             taken.pool = taken.pool if ranked else taken.rows
         else:
             ranked = True
-            _rank(step, table, taken, ids, config.seed)
+            _rank(step, table, taken, ids, config)
     return taken
 
 
-def _filter(step: FilterStep, table: PairTable, taken: _Taken) -> None:
+def _filter(step: FilterStep, table: PairTable, taken: _Taken, subset: str) -> None:
     words, rows = describe_step(step.model_dump()), taken.rows
     if step.values is not None:
         numbers, names = table.texts(step.filter)
+        _check_known(f"subset {subset!r}: filter {step.filter!r}: values", step.values, names)
         inside = np.isin(numbers[rows], [i for i, name in enumerate(names) if name in step.values])
         taken.drop(words, {f"not {words}": rows[~inside]}, rows[inside])
         return
@@ -115,15 +117,24 @@ def _filter(step: FilterStep, table: PairTable, taken: _Taken) -> None:
     taken.drop(words, left, rows[side == 0])
 
 
-def _rank(step: RankStep, table: PairTable, taken: _Taken, ids: ranking.Hashes, seed: int) -> None:
-    ids = ids[taken.rows]
+def _check_known(where: str, wanted: Iterable[str], there: list[str]) -> None:
+    """there: the values of all pairs, so that what earlier steps left out is no mistake."""
+    for value in wanted:
+        if there and value not in there:
+            shown = ", ".join(name[:_LONGEST] for name in sorted(there)[:_NAMED])
+            more = f" and {len(there) - _NAMED:,} more" if len(there) > _NAMED else ""
+            raise ConfigError(f"{where}: no pair has {value!r}; there are: {shown}{more}")
+
+
+def _rank(step: RankStep, table: PairTable, taken: _Taken, ids: ranking.Hashes, config: SubsetConfig) -> None:
+    ids, seed = ids[taken.rows], config.seed
     if step.rank == "random":
         values = ranking.hashes(ranking.hashes(ids, seed), _RANDOM).astype(np.float64)
     else:
         values = table.numbers(step.rank)[taken.rows]
     known = np.flatnonzero(~np.isnan(values))
     picked = [np.empty(0, np.int64)]
-    for at, number in _strata(step, table, taken.rows, values, known, ids, seed):
+    for at, number in _strata(step, table, taken.rows, values, known, ids, config):
         picked.append(at[ranking.best(values[at], ids[at], seed, number, step.keep)])
     inside = np.concatenate(picked)
     inside = inside[ranking.order(values[inside], ids[inside], seed, step.keep)]
@@ -141,7 +152,7 @@ def _strata(
     values: NDArray[np.float64],
     known: Ints,
     ids: ranking.Hashes,
-    seed: int,
+    config: SubsetConfig,
 ) -> Iterator[tuple[Ints, int]]:
     """Which of the rows a step ranks together, by their place, and how many of them it takes.
 
@@ -150,6 +161,8 @@ def _strata(
     strata = {"": known}
     if step.by:
         numbers, names = table.texts(step.by)
+        asked = [name for name, share in step.quotas.items() if share]
+        _check_known(f"subset {config.name!r}: rank {step.rank!r}: quotas", asked, names)
         numbers = numbers[rows[known]]
         strata = {name: known[numbers == i] for i, name in enumerate(names)}
     sizes = {name: len(at) for name, at in strata.items() if len(at)}
@@ -163,7 +176,7 @@ def _strata(
             size = ranking.size(len(at), step.fraction, None)
         if step.tokens is not None:
             tokens = (table.numbers("chosen_tokens") + table.numbers("rejected_tokens"))[rows[at]].astype(np.int64)
-            ordered = tokens[ranking.order(values[at], ids[at], seed, step.keep)]
+            ordered = tokens[ranking.order(values[at], ids[at], config.seed, step.keep)]
             share = step.quotas.get(name, 0.0) if step.quotas else size / whole
             size = ranking.within_budget(ordered, step.tokens * share)
         yield at, size
@@ -224,7 +237,7 @@ def _matched(metric: str, table: PairTable, chosen: _Taken, draws: NDArray[np.ui
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    return round(float(values.mean()), 6) if len(values) else None
+    return rounded(values.mean()) if len(values) else None
 
 
 def _keep(config: SubsetConfig, control: str, taken: _Taken, pairs: Pairs, store: Store, started: float) -> Selection:

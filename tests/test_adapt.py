@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from flows.markdown import show_markdown
+from flows.doctor import plan
+from flows.markdown import plan_markdown, show_markdown
 from flows.shelf import show_subset
 from flows.why import why
 from tasks.adapt import adapt
-from tasks.config import PairingConfig, RankStep, SubsetConfig
+from tasks.config import PairingConfig
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.pair import pair
 from tasks.publish import publish
+from tasks.samples import held_by
 from tasks.score import score
+from tasks.sections import ScoreConfig
 from tasks.store import Store
 from tasks.subset import subset
 from tasks.versions import read_manifest
-from tests.conftest import Curated, curate_config, generator, prompts, read_rows, write_jsonl
+from tests.conftest import (
+    Curated,
+    copy_store,
+    curate_config,
+    files_below,
+    generator,
+    prompts,
+    read_rows,
+    scorer,
+    write_jsonl,
+)
 
 LADDER, FIXED, PROMPTS = [3, 12], 12, 150
 
@@ -35,6 +49,7 @@ def adapted(local_ray: Any, session_folder: Path) -> Curated:
         source,
         ingest={"source": str(source), "shard_size": 64},
         generate={"samples": FIXED, "generators": [generator()], "adaptive": {"ladder": LADDER, "quality": 0.97}},
+        subset=[{"name": "top", "steps": [{"rank": "pvar_posterior", "fraction": 0.1}]}],
     )
     assert config.ingest and config.generate and config.score
     store = Store(folder / "store")
@@ -42,9 +57,8 @@ def adapted(local_ray: Any, session_folder: Path) -> Curated:
     adapted = adapt(config.generate, config.score, prompt_set, store)
     completions, rewards = adapted.completions, score(config.score, adapted.completions, store).after(adapted)
     table = pair(PairingConfig(), rewards, store)
-    top = SubsetConfig(name="top", steps=[RankStep(rank="pvar_posterior", fraction=0.1)])
-    selections = subset(top, table, store)
-    version = publish(config.publish, top, selections[0], store)
+    selections = subset(config.subset[0], table, store)
+    version = publish(config.publish, config.subset[0], selections[0], store)
     return Curated(config, store, prompt_set, completions, rewards, [table], selections, [version])
 
 
@@ -87,6 +101,56 @@ def test_the_subset_tells_its_rounds_and_holds_the_texts_it_names(adapted: Curat
         for side in ("chosen", "rejected"):
             written = float(row[side][0]["content"][1:].split("]")[0])
             assert written == pytest.approx(row[f"score_{side}"], abs=0.6)
+
+
+def test_ladders_that_end_in_one_allotment_make_two_tables(adapted: Curated) -> None:
+    """The prior is fitted on the first round, which has another pilot here."""
+    completions = replace(adapted.completions, ladder=(3, 8, 12))
+    table = pair(PairingConfig(), replace(adapted.rewards, completions=completions), adapted.store)
+    assert table.digest != adapted.pairs[0].digest
+    one, other = (
+        [row["pvar_posterior"] for row in pairs_of(adapted, digest).values()]
+        for digest in (table.digest, adapted.pairs[0].digest)
+    )
+    assert one != other
+
+
+def test_a_dry_run_walks_the_rounds_and_shows_the_subset_that_is_then_made(adapted: Curated) -> None:
+    folder = Path(adapted.store.url)
+    before = files_below(folder)
+    result = plan(adapted.config.model_copy(update={"store": adapted.store.url}))
+    assert [row["to do"] for row in result["work"]][1:] == ["nothing, all in the store"] * 2
+    made = read_manifest(adapted.store, adapted.versions[0])["content"]
+    assert result["subsets"] == [{"name": "top", "pairs": 15, "explanation": made["explanation"]}]
+    assert "Nothing was written." in plan_markdown(result)
+    assert files_below(folder) == before
+
+
+@pytest.mark.parametrize("gone", ["rewards", "completions"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_dry_run_says_which_round_lacks_what(adapted: Curated, tmp_path: Path, number: int, gone: str) -> None:
+    store = copy_store(adapted.store, tmp_path / "store")
+    first = adapted.completions.rounds[0]["completions"]
+    of_round = first if number == 1 else adapted.completions.rounds[1]["completions"] - first
+    for path in store.list(gone):
+        if in_round(path) == number:
+            store.remove(path)
+    extra = ScoreConfig.model_validate({"scorers": [scorer(), scorer("second")]})
+    before = files_below(Path(store.url))
+    result = plan(adapted.config.model_copy(update={"store": store.url, "score": extra}))
+    assert files_below(Path(store.url)) == before and "subsets" not in result
+    lacks = f"round {number}: {of_round} {{}} in {6 if number == 1 else 3} files, and what the rounds after it ask for"
+    generate, decides, second = [row["to do"] for row in result["work"]][1:]
+    assert second == "a reward per sample"
+    if gone == "rewards":
+        assert (generate, decides) == ("nothing, all in the store", lacks.format("rewards"))
+    else:
+        assert (generate, decides) == (lacks.format("samples"), "a reward per sample")
+
+
+def in_round(path: str) -> int:
+    """The first makes samples from 0 on, in two files a shard: of the pilot, and of the others. Any later one is 2."""
+    return 1 if held_by(path).first == 0 else 2
 
 
 def test_a_fixed_number_of_samples_afterwards_makes_only_the_others(adapted: Curated) -> None:

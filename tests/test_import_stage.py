@@ -295,7 +295,22 @@ def test_pairs_and_other_rows_in_one_source_are_refused(store: Store, tmp_path: 
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "text": "a"}]
     with pytest.raises(ConfigError, match="holds pairs and other rows; import them one by one, by `form`"):
         imported(store, tmp_path, rows)
-    assert imported(store, tmp_path, rows, form="pairs").completions.counts.dropped == {"no chosen and rejected": 1}
+    counts = imported(store, tmp_path, rows, form="pairs").completions.counts
+    assert counts == Counts(3, 2, {"no chosen and rejected (whole row)": 1})
+
+
+@pytest.mark.parametrize("ratings", [[{"name": "s", "column": "stars"}], [{"name": "s"}, {"name": "t"}]])
+def test_pairs_have_one_rating_from_the_columns_of_their_scores(
+    ratings: list[Any], store: Store, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"import\.ratings: pairs have one rating.*columns\.chosen_score"):
+        config_of(form="pairs", ratings=ratings)
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b", "better": 2, "worse": 1}]
+    with pytest.raises(ConfigError, match=r"import\.ratings: pairs have one rating.*Set `form` for other rows"):
+        imported(store, tmp_path, rows, ratings=ratings)
+    columns = {"chosen_score": "better", "rejected_score": "worse"}
+    rewards = imported(store, tmp_path, rows, columns=columns, ratings=[{"name": "s"}])
+    assert [c["ratings"] for c in back(rewards, store)["q"]] == [{"s": 2.0}, {"s": 1.0}]
 
 
 def test_labels_of_pairs_are_not_read_into_rows_that_are_none(store: Store, tmp_path: Path) -> None:
@@ -409,7 +424,7 @@ HOSTILE: dict[str, tuple[str, str | None]] = {
     "deeply nested generator": ('{"prompt": "q", "text": "a", "generator": ' + DEEP + "}", "nested too deeply"),
     "deeply nested source": ('{"prompt": "q", "text": "a", "source": ' + DEEP + "}", "nested too deeply"),
     "deeply nested rating": ('{"prompt": "q", "text": "a", "r": ' + DEEP + "}", "nested too deeply"),
-    "deeply nested all": (DEEP, "not a JSON object"),
+    "deeply nested all": (DEEP, "nested too deeply"),
     "a path for a generator": ('{"prompt": "q", "text": "a", "generator": "../../x/\\u2028"}', None),
     "markup": ('{"prompt": "q", "text": "<script>alert(1)</script>", "generator": "|a|\\n# b"}', None),
 }
@@ -419,7 +434,7 @@ HOSTILE: dict[str, tuple[str, str | None]] = {
 def test_a_hostile_row_is_quarantined_or_harmless(what: str, store: Store, tmp_path: Path) -> None:
     row, reason = HOSTILE[what]
     good = json.dumps({"prompt": "good", "text": "fine", "generator": "g", "r": 1})
-    if DEEP in row:  # an array is read without the depth limit that Python's own reader has
+    if DEEP in row:  # a file that is one array has a reader of its own
         (source := tmp_path / "rows.json").write_text(f"[{good}, {row}]", encoding="utf-8")
     else:
         (source := tmp_path / "rows.jsonl").write_text(f"{good}\n{row}\n", encoding="utf-8")
@@ -475,7 +490,9 @@ rows_of_any_kind = st.dictionaries(COLUMN_NAMES, json_values | talks | st.lists(
 
 @given(rows_of_any_kind, st.sampled_from(["auto", "long", "nested", "pairs"]), st.booleans())
 def test_any_row_is_understood_or_bad(row: dict[str, Any], form: str, keep: bool) -> None:
-    changes = {"form": form, "ratings": [{"name": "r"}, {"name": "d", "column": "deep.path", "transform": "logit"}]}
+    paired = form == "pairs" or (form == "auto" and "chosen" in row and "rejected" in row)
+    ratings = [{"name": "r"}, {"name": "d", "column": "deep.path", "transform": "logit"}]
+    changes = {"form": form, "ratings": ratings[:1] if paired else ratings}
     if keep:
         changes["columns"] = {"keep": ["kept"]}
     try:
@@ -527,9 +544,37 @@ def test_the_share_of_bad_rows_is_one_of_rows_however_many_completions_the_other
         imported(store, tmp_path, [good, {"prompt": "r", "completions": []}], form="nested", max_quarantined=0.1)
     rows = [good, {"prompt": "r", "completions": []}]
     counts = imported(store, tmp_path, rows, form="nested", max_quarantined=0.5).completions.counts
-    assert counts == Counts(21, 20, {"no completions": 1})
+    assert counts == Counts(21, 20, {"no completions (whole row)": 1})
     with pytest.raises(RunError, match="1 of 2 rows are bad"):  # nor when it is found in the store
         imported(store, tmp_path, rows, form="nested", max_quarantined=0.1)
+
+
+def test_a_bad_completion_is_quarantined_without_the_others_of_its_row(store: Store, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "q", "completions": [{"text": "a"}, {"text": " "}, {"text": 3}, {"text": "bb"}, {"text": "c" * 99}]},
+        {"prompt": "p", "completions": [{"text": ""}, {"text": None}]},
+        {"prompt": "o", "text": ["a", ""], "generator": ["m", "n"]},
+    ]
+    config = config_of(write_jsonl(tmp_path / "rows.jsonl", rows), max_chars=50)
+    rewards = import_(config, store)
+    assert {prompt: [c["text"] for c in of] for prompt, of in back(rewards, store).items()} == {
+        "q": ["a", "bb"],
+        "o": ["a"],
+    }
+    bad = {"empty completion": 2, "completion is no text": 1, "completion too long": 1}
+    assert rewards.completions.counts == Counts(8, 3, {"empty completion (whole row)": 1, **bad})
+    quarantined = store.read_table(f"prompts/sources/{inputs_digest(config)}.quarantine.parquet").to_pylist()
+    assert [row["row"] for row in quarantined] == [1, 1, 1, 2, 3]
+    assert len(preview(config)["bad"]) == 5
+
+
+def test_too_many_bad_completions_stop_the_import_though_every_row_has_a_good_one(store: Store, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completions": [{"text": "a"}, {"text": ""}]} for i in range(4)]
+    counts = imported(store, tmp_path, rows, max_quarantined=0.5).completions.counts
+    assert counts == Counts(8, 4, {"empty completion": 4})
+    for again in (store, Store(tmp_path / "another")):  # nor when it is found in the store
+        with pytest.raises(RunError, match="import: 4 of 8 completions are bad, more than max_quarantined 10%"):
+            imported(again, tmp_path, rows, max_quarantined=0.1)
 
 
 # --- the store
@@ -639,7 +684,10 @@ def test_twelve_generators_of_real_data(store: Store) -> None:
 def test_pairs_of_real_transcripts(store: Store) -> None:
     rewards = import_(ImportConfig(source=str(TRANSCRIPTS)), store)
     counts = rewards.completions.counts
-    assert counts.dropped == {"chosen and rejected part before the last answer": 5, "empty completion": 4}
+    assert counts.dropped == {
+        "chosen and rejected part before the last answer (whole row)": 5,
+        "empty completion (whole row)": 4,
+    }
     assert (counts.into, counts.out) == (2 * (2312 - 9) + 9, 2 * (2312 - 9))
     table = pair(PairingConfig(rule="labelled"), rewards, store)
     assert table.counts.into == counts.out // 2
@@ -708,6 +756,11 @@ def test_the_command_previews_and_imports(
         ("import.columns.prompt=question", "no row at the beginning of"),
         ("import.ratings=[{name: a, column: b}, {name: a}]", "import.ratings: the name 'a' is used twice"),
         ("import.ratings=[{name: a, clip: 0.7}]", "import.ratings.0.clip: Input should be less than 0.5 (got 0.7)"),
+        ("import.ratings=[stars]", "import.ratings.0: a rating has fields; write {name: stars}, and its column"),
+        (
+            "import.form=long",
+            "goes by rewards, and there are none; name the columns with ratings, as in import.ratings",
+        ),
         ("import.form=wide", "import.form: Input should be 'auto', 'long', 'nested' or 'pairs' (got 'wide')"),
         ("import.colums={}", "import.colums: no such field; check the spelling, or remove it"),
         ("import.key=secret", "import.key: no such field; check the spelling, or remove it\n"),

@@ -172,7 +172,7 @@ def test_every_kind_of_bad_row_is_quarantined_with_its_reason(tmp_path: Path, st
         (b'{"prompt": "\\ud83d alone"}', "not UTF-8"),
         (b'{"prompt": "x", "source": "\\udc00"}', "not UTF-8"),
         (b'{"prompt": "half', "not JSON"),
-        (b'{"prompt": ' + b"[" * 20_000, "not JSON"),
+        (b'{"prompt": ' + b"[" * 20_000, "nested too deeply"),
         (b'"just a text"', "not a JSON object"),
         (b"null", "not a JSON object"),
         (b'{"promt": "x"}', "no prompt column"),
@@ -235,6 +235,36 @@ def test_bad_rows_of_a_parquet_file_are_quarantined(tmp_path: Path, store: Store
 def test_rows_of_a_json_array_that_are_no_objects_are_quarantined(tmp_path: Path, store: Store) -> None:
     (tmp_path / "p.json").write_text('[{"prompt": "good"}, 1, null, [{"prompt": "nested"}]]')
     assert take(tmp_path / "p.json", store).counts.dropped == {"not a JSON object": 3}
+
+
+DEEP = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from tasks.sections import IngestConfig
+from tasks.sources import BadRow, read_rows
+for row, number in read_rows(IngestConfig(source=sys.argv[1])):
+    print(number, f"{row.reason}: {row.excerpt[:20]}" if isinstance(row, BadRow) else row)
+"""
+
+
+def test_a_row_that_is_nested_endlessly_is_quarantined_before_it_takes_the_memory(tmp_path: Path) -> None:
+    """The others are read. Paths to 100,000 levels would take 24 GB."""
+    rows = [
+        "[" * 100_000 + "]" * 100_000,
+        '{"prompt": ' + '{"a":' * 100_000 + "1" + "}" * 100_001,
+        "[" * 500 + "]" * 500,
+    ]
+    text = f'[{{"prompt": "one"}}, {", ".join(rows)}, {{"prompt": "two"}}]'
+    (tmp_path / "p.json").write_text(text)
+    done = python(DEEP, tmp_path / "p.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "1 {'prompt': 'one'}",
+        "2 nested too deeply: 100,000 levels",
+        "3 nested too deeply: 100,001 levels",
+        "4 not a JSON object: [[[[[[[[[[[[[[[[[[[[",
+        "5 {'prompt': 'two'}",
+    ]
 
 
 def test_more_bad_rows_than_allowed_end_the_run_with_examples(tmp_path: Path, store: Store) -> None:

@@ -130,7 +130,7 @@ def test_the_pooled_scale_from_chunks_equals_one_pass(rewards: np.ndarray, chunk
     for row in rewards:
         finite = row[np.isfinite(row)]
         if len(finite) >= 2:
-            squares += ((finite - finite.mean()) ** 2).sum()
+            squares += ((finite - finite.mean()) ** 2).sum() if np.ptp(finite) else 0.0
             freedom += len(finite) - 1
     expected = math.sqrt(squares / freedom) if squares > 0 else 1.0
     assert pooled.value == pytest.approx(expected, rel=1e-9)
@@ -140,6 +140,14 @@ def test_the_pooled_scale_is_one_where_nothing_varies() -> None:
     pooled = PooledScale()
     assert pooled.value == 1.0
     pooled.add(np.ones((3, 4)))
+    pooled.add(np.array([[0.1, 0.1, 0.1, NAN], [0.7, 0.7, 0.7, NAN], [NAN, NAN, NAN, 0.3]]))  # their means are rounded
+    assert pooled.value == 1.0
+
+
+@given(matrices(st.one_of(moderate, st.just(NAN))), moderate)
+def test_the_pooled_scale_of_equal_rewards_is_one_whatever_they_are(rewards: np.ndarray, value: float) -> None:
+    pooled = PooledScale()
+    pooled.add(np.where(np.isnan(rewards), NAN, value))
     assert pooled.value == 1.0
 
 

@@ -22,7 +22,7 @@ from tasks.describe import describe, describe_step
 from tasks.errors import ConfigError, RunError
 from tasks.explain import explain, overlap
 from tasks.pairtable import PairTable
-from tasks.records import PAIRS, PROMPTS, Completions, Counts, Pairs, PromptSet, Rewards, Selection, digest
+from tasks.records import PAIRS, PROMPTS, Completions, Counts, Pairs, PromptSet, Rewards, Selection, digest, rounded
 from tasks.selection import ranking
 from tasks.store import Store
 from tasks.subset import selection_path, subset
@@ -168,6 +168,21 @@ def ranks(draw: st.DrawFn) -> dict[str, Any]:
 steps_of_any_kind = st.lists(number_filters | text_filters | ranks(), min_size=1, max_size=4)
 
 
+def possible(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps, without values that no pair has, which are refused."""
+    found = []
+    for step in steps:
+        column = step.get("by") or step.get("filter")
+        there = {text_at(row, column) for row in rows} if "values" in step or "quotas" in step else set()
+        more: dict[str, Any] = {}
+        if "values" in step:
+            more["values"] = [value for value in step["values"] if value in there] or [min(there)]
+        if "quotas" in step:
+            more["quotas"] = {name: share for name, share in step["quotas"].items() if name in there or not share}
+        found.append({**step, **more})
+    return found
+
+
 def number_at(row: dict[str, Any], name: str) -> float:
     value = row["level"] if name == "field.level" else row[name]
     try:
@@ -236,6 +251,7 @@ def check_rank(step: dict[str, Any], before: list[dict[str, Any]], after: list[d
 def test_every_step_does_what_it_says_and_loses_nothing(
     rows: list[dict[str, Any]], steps: list[dict[str, Any]], seed: int
 ) -> None:
+    steps = possible(steps, rows)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         pairs = table_of(store, rows)
@@ -268,6 +284,7 @@ def test_what_is_taken_does_not_depend_on_the_order_of_the_table_or_its_shards(
             found = [[rows[i]["prompt_id"] for i in taken(rows, store, selection)] for selection in selections]
             return found if ranked else [sorted(found[0])]  # filters keep the table's order
 
+    steps = possible(steps, rows)
     ranked = any("rank" in step for step in steps)
     assert ids(rows, 1000) == ids(random.sample(rows, len(rows)), shard_size)
 
@@ -304,10 +321,28 @@ def test_quotas_are_shares_of_the_count_whatever_there_is(store: Store) -> None:
     assert Counter(level < 30 for level in top_of(store, rows, {**step, "count": 100})) == {True: 25, False: 10}
 
 
-def test_a_quota_of_a_stratum_that_is_not_there_takes_nothing(store: Store) -> None:
-    rows = [row_of(i) for i in range(10)]
-    with pytest.raises(RunError, match=r"subset 's' would be empty: 10 pairs \(the top 4 by margin .*: 10 in, 0 out\)"):
-        top_of(store, rows, {"rank": "margin", "count": 4, "by": "source", "quotas": {"nowhere": 1.0}})
+def test_a_value_or_quota_that_no_pair_has_is_said_with_those_there_are(store: Store) -> None:
+    rows = [row_of(i, source="b" if i % 2 else "a", level="x" * 100 + f"{i:02}") for i in range(24)]
+    few = {"rank": "margin", "count": 4, "by": "source"}
+    for quotas in ({"nowhere": 1.0}, {"a": 0.5, "nowhere": 0.5}):
+        with pytest.raises(
+            ConfigError, match=r"subset 's': rank 'margin': quotas: no pair has 'nowhere'; there are: a, b$"
+        ):
+            top_of(store, rows, {**few, "quotas": quotas})
+    with pytest.raises(ConfigError, match=r"subset 's': filter 'source': values: no pair has 'A'; there are: a, b$"):
+        top_of(store, rows, {"filter": "source", "values": ["a", "A"]})
+    with pytest.raises(ConfigError, match=r"no pair has 'y'; there are: (x{60}, ){19}x{60} and 4 more$"):
+        top_of(store, rows, {"filter": "field.level", "values": ["y"]})
+
+
+def test_a_value_that_only_earlier_steps_left_out_is_no_mistake(store: Store) -> None:
+    rows = [row_of(i, source="b" if i % 2 else "a", margin=float(i % 2)) for i in range(10)]
+    first = {"filter": "margin", "min": 1}
+    assert top_of(store, rows, first, {"filter": "source", "values": ["a", "b"]}) == [1, 3, 5, 7, 9]
+    quotas = {"a": 0.5, "b": 0.5}
+    assert len(top_of(store, rows, first, {"rank": "margin", "count": 4, "by": "source", "quotas": quotas})) == 2
+    with pytest.raises(RunError, match="subset 's' would be empty"):
+        top_of(store, rows, first, {"filter": "source", "values": ["a"]})
 
 
 def test_a_stratum_of_one_row_keeps_it(store: Store) -> None:
@@ -503,7 +538,7 @@ def test_fewer_matches_than_asked_for_are_counted_as_they_are(store: Store) -> N
 def test_an_explanation_adds_up_to_all_pairs(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        config = subset_of(*steps)
+        config = subset_of(*possible(steps, rows))
         try:
             [selection] = subset(config, table_of(store, rows), store)
         except RunError:
@@ -554,6 +589,36 @@ def test_a_subset_that_takes_everything_is_explained(store: Store) -> None:
     assert explained["length_correlation"] is None
     assert explained["ranked_by"] is None
     assert (explained["sources"], explained["control"]) == ({"a": {"inside": 4, "outside": 0}}, None)
+
+
+def test_small_numbers_keep_their_digits_in_an_explanation(store: Store) -> None:
+    """PVar of rewards a thousandth apart is about 1e-7."""
+    rows = [row_of(i, pvar=1.23456789e-7 * (i + 1)) for i in range(10)]
+    config = subset_of({"rank": "pvar", "count": 1})
+    [selection] = subset(config, table_of(store, rows), store)
+    told = explain(config, selection, store)["metrics"]["pvar"]
+    assert (told["inside"], told["outside"]) == (1.23457e-06, 6.17284e-07)
+    edges = told["histogram"]["edges"]
+    assert len(set(edges)) == len(edges) and edges == sorted(edges)
+    assert sum(told["histogram"]["outside"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1234.56789012, 1234.56789),
+        (0.123456789, 0.123457),
+        (-0.00123456789, -0.00123457),
+        (9.9999999e-5, 1e-4),
+        (2.5e-12, 2.5e-12),
+        (5.6e-17, 0.0),  # what 0.1 + 0.2 - 0.3 leaves
+        (0.0, 0.0),
+        (1.0, 1.0),
+        (np.float64(0.5), 0.5),
+    ],
+)
+def test_numbers_of_reports_have_six_decimals_or_six_digits(value: float, expected: float) -> None:
+    assert rounded(value) == expected and type(rounded(value)) is float
 
 
 def test_overlaps_count_prompts_across_tables(store: Store) -> None:

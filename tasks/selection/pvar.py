@@ -98,9 +98,11 @@ class PooledScale:
         there = np.isfinite(rewards)
         n = there.sum(axis=1)
         use = n >= 2
-        kept = np.where(there, rewards, 0.0)[use]
+        kept, there = np.where(there, rewards, 0.0)[use], there[use]
         mean = kept.sum(axis=1) / n[use]
-        self.squares += float((np.where(there[use], kept - mean[:, None], 0.0) ** 2).sum())
+        high, low = np.where(there, kept, -np.inf).max(axis=1), np.where(there, kept, np.inf).min(axis=1)
+        varies = there & (high > low)[:, None]  # equal rewards do not, though their rounded mean may differ from them
+        self.squares += float((np.where(varies, kept - mean[:, None], 0.0) ** 2).sum())
         self.freedom += int((n[use] - 1).sum())
 
     @property
