@@ -77,6 +77,11 @@ def find_training(config: TrainConfig, store: Store) -> Version | None:
     return find_build(store, "policies", config.name, _inputs(config, store)[0], claim=False)
 
 
+def training_digest(config: TrainConfig, store: Store) -> str:
+    """Of all that decides the weights: equal for equal trainings, under whatever name."""
+    return _inputs(config, store)[0]
+
+
 def _inputs(config: TrainConfig, store: Store) -> tuple[str, Version]:
     """Digest of all that decides the weights, and the subset that is meant."""
     subset = find_version(store, config.subset)
