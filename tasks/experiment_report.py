@@ -194,7 +194,7 @@ class _Scale:
         share = (value - self.low) / (self.high - self.low)
         return round(self.first + share * (self.last - self.first), 2)
 
-    def ticks(self, about: int = 4) -> list[tuple[float | None, str]]:
+    def ticks(self, about: int = 6) -> list[tuple[float | None, str]]:
         return [(self.place(tick), number(tick)) for tick in ticks(self.low, self.high, about) if self._holds(tick)]
 
     def _holds(self, tick: float) -> bool:
@@ -223,8 +223,8 @@ def _chart(name: str, arms: list[dict[str, Any]]) -> dict[str, Any] | None:
         "left": _LEFT,
         "right": _RIGHT,
         "bottom": _BOTTOM,
-        "x_ticks": across.ticks(5),
-        "y_ticks": up.ticks(4),
+        "x_ticks": across.ticks(),
+        "y_ticks": up.ticks(),
         "lines": [
             {
                 "label": arm["label"],
