@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.errors import ConfigError, RunError, is_network_fault
+from tasks.experiments import ExperimentConfig
 
 app = typer.Typer(
     add_completion=True,
@@ -31,7 +32,12 @@ app = typer.Typer(
     help="Turns prompts into the preference data worth training on, and shows that it was.",
 )
 
-FLOWS: dict[str, type[RunConfig]] = {"curate": CurateConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+FLOWS: dict[str, type[RunConfig]] = {
+    "curate": CurateConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "experiment": ExperimentConfig,
+}
 
 Config = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
 Set = Annotated[list[str], typer.Option("--set", help="Change a value: --set generate.samples=16", show_default=False)]
@@ -96,8 +102,16 @@ def evaluate(
 
 
 @app.command()
+def experiment(
+    config: Config, set_: Set = [], store: StoreUrl = "", dry_run: DryRun = False, as_json: AsJson = False
+) -> None:
+    """Subsets x objectives x seeds, trained alike and compared on held-out prompts."""
+    _run("experiment", config, set_, store, dry_run, as_json)
+
+
+@app.command()
 def submit(
-    flow: Annotated[str, typer.Argument(help="curate, train or evaluate.", show_default=False)],
+    flow: Annotated[str, typer.Argument(help="curate, train, evaluate or experiment.", show_default=False)],
     config: Config,
     address: Annotated[str, typer.Option(help="Ray dashboard, http://HEAD:8265", show_default=False)],
     set_: Set = [],
@@ -251,7 +265,8 @@ def _set(values: dict[str, Any], change: str) -> None:
 
 def _parse_any(values: dict[str, Any], path: Path) -> Any:
     """doctor takes any flow's configuration: told by the sections it has."""
-    flow = "train" if "policy" in values else "evaluate" if "evaluate" in values else "curate"
+    signs = {"subsets": "experiment", "policy": "train", "evaluate": "evaluate"}
+    flow = next((flow for section, flow in signs.items() if section in values), "curate")
     return parse(flow, values, path)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 from tasks import models
 from tasks.adapt import deciding_scorers, walk
 from tasks.check import check, checks
+from tasks.compare import cell_states
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.drafts import Drafts
 from tasks.errors import ConfigError, RunError
+from tasks.experiments import ExperimentConfig
 from tasks.explain import explain, overlap
 from tasks.generate import missing_completions
 from tasks.imports import import_, known_import
@@ -57,16 +59,29 @@ def plan(config: RunConfig) -> dict[str, Any]:
         done = find_training(config, store)
         work.append({"stage": "train", "what": config.name, "to do": f"nothing, {done}" if done else "train"})
     selection: dict[str, Any] = {}
+    if isinstance(config, ExperimentConfig):
+        if config.curate:
+            work += plan_curate(config.curate, store)[0]
+        selection["cells"] = cell_states(config, store)
+        for what in ("train", "evaluate"):
+            left = sum(row[what] != "done" for row in selection["cells"])
+            to_do = f"{left} of {len(selection['cells'])} cells" if left else _NOTHING
+            work.append({"stage": what, "what": config.name, "to do": to_do})
+    if isinstance(config, EvaluateConfig):
+        with tempfile.TemporaryDirectory() as folder:
+            work += _engine_work(config, Drafts(store, Path(folder)))[0]
+    if isinstance(config, CurateConfig):
+        made, selection = plan_curate(config, store)
+        work += made
+    return {"checks": findings, "work": work, **selection}
+
+
+def plan_curate(config: CurateConfig, store: Store) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The work, and the subsets where nothing is left of it."""
     with tempfile.TemporaryDirectory() as folder:
         drafts = Drafts(store, Path(folder))
-        if isinstance(config, EvaluateConfig):
-            work += _engine_work(config, drafts)[0]
-        if isinstance(config, CurateConfig):
-            made, rewards = _import_work(config, store, drafts) if config.import_ else _engine_work(config, drafts)
-            work += made
-            if rewards:
-                selection = sketch(config, rewards, drafts)
-    return {"checks": findings, "work": work, **selection}
+        work, rewards = _import_work(config, store, drafts) if config.import_ else _engine_work(config, drafts)
+        return work, sketch(config, rewards, drafts) if rewards else {}
 
 
 def sketch(config: CurateConfig, rewards: Rewards, store: Store) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from flows.explained import cut, explained, funnel, overlap_lines, pairing_lines, plain, short, table
 from tasks.card import adaptive_words, dropped_words, selection_words
 from tasks.describe import number
+from tasks.experiment_words import experiment_lines
 from tasks.progress import duration
 
 
@@ -93,6 +94,16 @@ def evaluate_markdown(report: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def experiment_markdown(report: dict[str, Any]) -> str:
+    """The report of an experiment, and where its page is."""
+    text = experiment_text(report, report["costs"])
+    return f"{text}\nKept as `{report['version']}`, with a page to look at, report.html: `{report['place']}`\n"
+
+
+def experiment_text(result: dict[str, Any], costs: dict[str, Any]) -> str:
+    return "\n".join(experiment_lines(result, costs, table))
 
 
 def _comparison(result: dict[str, Any]) -> dict[str, Any]:
@@ -248,6 +259,8 @@ def doctor_markdown(result: dict[str, Any]) -> str:
 def plan_markdown(result: dict[str, Any]) -> str:
     """What a run would do; and the subsets, where all rewards are there."""
     lines = ["# Dry run", "", *table(result["checks"]), "", "## Work to do", "", *table(result["work"]), ""]
+    if "cells" in result:
+        lines += ["## Cells", "", *table(result["cells"]), ""]
     if "subsets" not in result:
         return "\n".join(lines)
     for pairing in result["pairings"]:

@@ -12,8 +12,11 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 import tasks.adapt
+import tasks.cells
 import tasks.check
+import tasks.compare
 import tasks.evaluate
+import tasks.experiment_report
 import tasks.generate
 import tasks.imports
 import tasks.ingest
@@ -22,9 +25,13 @@ import tasks.publish
 import tasks.score
 import tasks.subset
 import tasks.train
+from flows.markdown import experiment_text
 from flows.reporting import progress_artifact
+from tasks.cells import Policies
 from tasks.config import CompareConfig, CurateConfig, RunConfig, SubsetConfig, TrainConfig
 from tasks.errors import is_network_fault
+from tasks.experiment_report import Experiment
+from tasks.experiments import ExperimentConfig
 from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version
 from tasks.sections import GenerateConfig, ImportConfig, IngestConfig, ScoreConfig
 from tasks.store import Store
@@ -65,9 +72,11 @@ def import_(config: ImportConfig, store: str) -> Rewards:
 
 
 @task(name="generate", task_run_name="generate", **_STAGE)
-def generate(config: GenerateConfig, prompts: PromptSet, store: str, ray_address: str) -> Completions:
+def generate(
+    config: GenerateConfig, prompts: PromptSet, store: str, ray_address: str, in_turn: bool = False
+) -> Completions:
     with progress_artifact("generate") as report:
-        return tasks.generate.generate(config, prompts, Store(store), report, ray_address)
+        return tasks.generate.generate(config, prompts, Store(store), report, ray_address, in_turn=in_turn)
 
 
 @task(name="adapt", task_run_name="adapt", **_STAGE)
@@ -120,3 +129,26 @@ def train(config: TrainConfig, store: str) -> Version:
 def evaluate(config: CompareConfig, rewards: Rewards, store: str) -> dict[str, Any]:
     with progress_artifact("evaluate") as report:
         return tasks.evaluate.evaluate(config, rewards, Store(store), report)
+
+
+@task(name="train", task_run_name="train", **_STAGE)
+def train_cells(config: ExperimentConfig, published: dict[str, str], store: str) -> Policies:
+    """Every training of an experiment. published: name -> version, of a curate run just before."""
+    with progress_artifact("train") as report:
+        subsets = tasks.cells.resolved(config, Store(store), published)
+        return tasks.cells.train_cells(config, subsets, Store(store), report)
+
+
+@task(name="compare", task_run_name="compare", **_STAGE)
+def compare(
+    config: ExperimentConfig, policies: Policies, rewards: Rewards, store: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The experiment's result, and its costs."""
+    with progress_artifact("compare") as report:
+        return tasks.compare.compare(config, policies, rewards, Store(store), report)
+
+
+@task(name="report", task_run_name="report", **_STAGE)
+def keep(config: ExperimentConfig, result: dict[str, Any], costs: dict[str, Any], store: str) -> Experiment:
+    """The experiment's report, in the store."""
+    return tasks.experiment_report.keep(config, result, costs, experiment_text(result, costs), Store(store))

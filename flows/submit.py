@@ -72,6 +72,17 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy(values)
     if store := values.get("store") or os.environ.get("PREFSIEVE_STORE"):
         values["store"] = _absolute(store, always=True)
+    for part in (
+        values,
+        values.get("curate") or {},
+        values.get("evaluate") or {},
+    ):  # an experiment has the others inside
+        _make_absolute(part)
+    return values
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Sources, models and files of functions, where they are paths."""
     for section in (values.get("ingest"), values.get("import")):
         if section and "source" in section:
             section["source"] = _absolute(section["source"])
@@ -87,7 +98,6 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
         file, colon, function = model.get("function", "").rpartition(":")
         if file.endswith(".py"):
             model["function"] = _absolute(file, always=True) + colon + function
-    return values
 
 
 def entrypoint(flow: str) -> str:

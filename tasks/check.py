@@ -9,6 +9,7 @@ from typing import Any
 from tasks import models
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.errors import ConfigError, RunError
+from tasks.experiments import ExperimentConfig, HeldOutConfig
 from tasks.generate import missing_completions
 from tasks.imports import known_import, preview
 from tasks.ingest import known_prompts
@@ -20,6 +21,7 @@ from tasks.sources import find_source
 from tasks.store import Store
 from tasks.versions import find_version
 
+Evaluated = CurateConfig | EvaluateConfig | HeldOutConfig
 Check = tuple[str, Callable[[], str]]  # what is looked at; finds out, or raises ConfigError or RunError
 
 
@@ -32,6 +34,32 @@ def checks(config: RunConfig, probe: bool = True) -> Iterator[Check]:
     """The store first, then everything that the configuration names. Without a probe nothing is written."""
     store = Store(config.store_url)
     yield f"store {config.store_url}", store.check if probe else store.reach
+    if isinstance(config, ExperimentConfig):
+        yield from _experiment(config, store)
+        return
+    yield from _named(config, store)
+
+
+def _experiment(config: ExperimentConfig, store: Store) -> Iterator[Check]:
+    """What curate will publish need not be there; a policy that is evaluated need not be either."""
+    curate = config.curate
+    published = [name for subset in curate.subset for name in subset.names()] if curate else []
+    for subset in config.subsets:
+        if subset not in published:
+            yield f"subset {subset}", lambda subset=subset: str(find_version(store, subset))  # type: ignore[misc]
+    yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
+    if curate:
+        yield from _named(curate, store)
+    evaluate = config.evaluate
+    yield f"held-out prompts {evaluate.ingest.source}", lambda: find_source(evaluate.ingest)
+    yield "reference", _generator(evaluate.reference, "evaluate.generate.generators.0", store)
+    for i, scorer in enumerate(evaluate.score.scorers):
+        yield f"held-out scorer {scorer.name}", _scorer(evaluate, scorer, f"evaluate.score.scorers.{i}", store)
+    yield "models and functions of the evaluation", lambda: _distinct(evaluate, store)
+
+
+def _named(config: RunConfig, store: Store) -> Iterator[Check]:
+    """What the other flows name."""
     if isinstance(config, TrainConfig):
         yield f"subset {config.subset}", lambda: str(find_version(store, config.subset))
         yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
@@ -55,7 +83,7 @@ def _understood(config: ImportConfig) -> str:
     return f"form {seen['form']}{bad}"
 
 
-def _distinct(config: CurateConfig | EvaluateConfig, store: Store) -> str:
+def _distinct(config: Evaluated, store: Store) -> str:
     """A model under two names would be paid for twice, and be preferred to itself."""
     generators = config.generate.generators if config.generate else []
     scorers = config.score.scorers if config.score else []
@@ -83,7 +111,7 @@ def _generator(generator: GeneratorConfig, field: str, store: Store) -> Callable
     return find_out
 
 
-def _scorer(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, field: str, store: Store) -> Callable[[], str]:
+def _scorer(config: Evaluated, scorer: ScorerConfig, field: str, store: Store) -> Callable[[], str]:
     def find_out() -> str:
         if scorer.type == "function":
             models.load_function(scorer)
@@ -98,7 +126,7 @@ def _scorer(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, field: 
     return find_out
 
 
-def _endpoint(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, store: Store) -> str:
+def _endpoint(config: Evaluated, scorer: ScorerConfig, store: Store) -> str:
     """An endpoint that is gone is no fault where nothing is left to ask it."""
     from tasks.engines.openai import served
 
@@ -110,7 +138,7 @@ def _endpoint(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, store
         return "openai, not there, and not needed: all is rated"
 
 
-def _all_rated(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, store: Store) -> bool:
+def _all_rated(config: Evaluated, scorer: ScorerConfig, store: Store) -> bool:
     completions = _known_completions(config, store)
     if completions is None:
         return False
@@ -118,11 +146,13 @@ def _all_rated(config: CurateConfig | EvaluateConfig, scorer: ScorerConfig, stor
     return not missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)
 
 
-def _known_completions(config: CurateConfig | EvaluateConfig, store: Store) -> Completions | None:
+def _known_completions(config: Evaluated, store: Store) -> Completions | None:
     """What a run would score, when it is all there."""
     if isinstance(config, CurateConfig) and config.import_:
         known = known_import(config.import_, store)
         return known.completions if known else None
+    if isinstance(config, HeldOutConfig):  # it names the reference alone, not the policies
+        return None
     assert config.ingest and config.generate
     prompts = known_prompts(config.ingest, store)
     if prompts is None or config.generate.adaptive:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import time
 from collections import Counter
 from functools import partial
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import models
-from tasks.cluster import Pool, run_pools
+from tasks.cluster import IN_FLIGHT, Pool, run_pools
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.loop import EngineLoop, Refused
 from tasks.errors import RunError
@@ -40,8 +41,13 @@ def generate(
     report: Report = silent,
     address: str = "local",
     allotment: str = "",
+    in_turn: bool = False,
 ) -> Completions:
-    """Make what is missing of samples 0..config.samples-1 of every generator; or of what each prompt is allotted."""
+    """Make what is missing of samples 0..config.samples-1 of every generator; or of what each prompt is allotted.
+
+    in_turn: generators that differ in little but their model share a pool, whose processes load one after the other:
+    for many small policies, starting a process each would take longer than all the rest.
+    """
     started = time.monotonic()
     shards = list(wanted(store, prompts, config.samples, allotment))
     generators = [models.pinned("generate", g, store) for g in config.generators]
@@ -59,11 +65,18 @@ def generate(
         _check_refused(config, name, totals[f"refused by {name}"], prompts.counts.out, counts["example"])
         meter.add(counts["final"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
 
+    open_generators = [g for g in generators if todo[g.name]]
+    alone = [g for g in open_generators if not in_turn or g.engine == "vllm"]  # its memory is free when a process ends
     pools = [
         Pool(GenerateWorker, (g, fingerprints[g.name], store.url), todo[g.name], g, partial(on_done, g.name))
-        for g in generators
-        if todo[g.name]
+        for g in alone
     ]
+    if shared := [g for g in open_generators if g not in alone]:
+        arguments = ({g.name: (g, fingerprints[g.name]) for g in shared}, store.url)
+        items = [{"generator": g.name, "items": json.dumps(todo[g.name])} for g in shared]
+        pools.append(
+            Pool(InTurnWorker, arguments, items, shared[0], lambda counts: on_done(counts["generator"], counts))
+        )
     engine_seconds = run_pools(pools, address)
     counts = _count(config, prompts, fingerprints, shards, store)
     made = sum(map(len, todo.values()))
@@ -110,6 +123,32 @@ class GenerateWorker:
             "refused": len(refused),
             "example": refused[0] if refused else "",
         }
+
+
+class InTurnWorker:
+    """Holds one engine at a time; makes all the files of one generator per item."""
+
+    def __init__(self, generators: dict[str, tuple[GeneratorConfig, str]], store_url: str) -> None:
+        self.generators, self.store_url = generators, store_url
+        self.turn = asyncio.Lock()
+
+    async def work(self, item: dict[str, Any]) -> dict[str, Any]:
+        async with self.turn:
+            worker = await asyncio.to_thread(GenerateWorker, *self.generators[item["generator"]], self.store_url)
+            at_once = asyncio.Semaphore(IN_FLIGHT)
+
+            async def one(part: dict[str, Any]) -> dict[str, Any]:
+                async with at_once:
+                    return await worker.work(part)
+
+            try:
+                done = await asyncio.gather(*map(one, json.loads(item["items"])))
+            finally:
+                await asyncio.to_thread(worker.loop.close)
+        summed = {key: sum(part[key] for part in done) for key in ("requests", "samples", "tokens", "final")}
+        summed["refused"] = sum(part["refused"] for part in done if part["final"])
+        example = next((part["example"] for part in done if part["example"]), "")
+        return {**summed, "example": example, "generator": item["generator"]}
 
 
 def prompt_seed(fingerprint: str, prompt_id: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ Note = Callable[[int, int, float], Any]  # step, steps in all, loss
 
 class Job:
     def __init__(
-        self, config: TrainConfig, subset: str, inputs: str, store_url: str, helpers: list[str], rank: int = 0
+        self, config: TrainConfig, inputs: str, store_url: str, helpers: Sequence[str] = (), rank: int = 0
     ) -> None:
         """inputs: digest of all that decides the weights; helpers: policies whose token log-probabilities weigh."""
-        self.config, self.inputs, self.helpers, self.rank = config, inputs, helpers, rank
+        self.config, self.inputs, self.helpers, self.rank = config, inputs, list(helpers), rank
         self.attempt = uuid.uuid4().hex[:12]  # two attempts at once, or one after the other, mix no files
         self.store = Store(store_url)
-        self.subset = find_version(self.store, subset)
+        self.subset = find_version(self.store, config.subset)
         self.earlier: list[str] = []  # checkpoints of attempts before this one
         self.began_at = 0  # the step that this attempt went on from
 

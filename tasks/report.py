@@ -88,11 +88,11 @@ def report_html(content: dict[str, Any], highest: list[dict[str, Any]], lowest: 
         "configuration": _yaml({"subset": content.get("subset"), "pairing": _setting(pairing)}),
         "lineage": _yaml({"parents": content.get("parents"), "made_with": content.get("made_with")}),
     }
-    return _environment().get_template("report.html.jinja").render(told)
+    return environment().get_template("report.html.jinja").render(told)
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -259,8 +259,8 @@ def _chart(histogram: dict[str, Any] | None, inside: float | None, outside: floa
             for side, mean in (("inside", inside), ("outside", outside))
             if mean is not None and math.isfinite(mean)
         },
-        "x_ticks": [(x(tick), card.number(tick)) for tick in _ticks(edges[0], edges[-1], 5)],
-        "y_ticks": [(y(tick), f"{100 * tick:.3g} %") for tick in _ticks(0, top, 4)],
+        "x_ticks": [(x(tick), card.number(tick)) for tick in ticks(edges[0], edges[-1], 5)],
+        "y_ticks": [(y(tick), f"{100 * tick:.3g} %") for tick in ticks(0, top, 4)],
         "bins": [
             {"x": x(low), "width": round(x(high) - x(low), 1), "low": low, "high": high, "inside": n, "outside": m}
             | {"inside_share": share, "outside_share": other}
@@ -269,7 +269,7 @@ def _chart(histogram: dict[str, Any] | None, inside: float | None, outside: floa
     }
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
+def ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers from low to high, in steps of 1, 2 or 5 times a power of ten; a near miss counts."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))

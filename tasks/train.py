@@ -8,6 +8,8 @@ for every training on the same version, model and length.
 
 from __future__ import annotations
 
+import gc
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from tasks import models
 from tasks.cluster import check_room, connect, reraise, telling
-from tasks.config import TrainConfig
+from tasks.config import PolicyConfig, TrainConfig
 from tasks.job import Job
 from tasks.progress import Meter, Report, silent
 from tasks.records import SCHEMA_VERSION, Version, Work, digest
@@ -29,37 +31,41 @@ _POLL = 1.0  # seconds
 def train(config: TrainConfig, store: Store, report: Report = silent) -> Version:
     """The policy that this subset, model and training configuration give; trained once."""
     started = time.monotonic()
-    inputs, subset = _inputs(config, store)
-    known = find_build(store, "policies", config.name, inputs)
+    known = find_build(store, "policies", config.name, training_digest(config, store))
     if known:
         Meter(report, "train", 1, "policies", reused=1)
         return known
-    helpers = [str(train(helper, store, report)) for helper in helpers_of(config)]
-    config = config.model_copy(update={"policy": models.pinned("policy.model", config.policy, store)})
     ray = connect(config.ray_address)
     check_room(ray, config.policy)
-    alone = config.policy.workers == 1
-    resources = {"num_cpus": config.policy.cpus, "num_gpus": config.policy.gpus} if alone else {"num_cpus": 0}
-    actor = ray.remote(TrainWorker).options(**resources, max_concurrency=3)
-    worker = actor.remote(config, str(subset), inputs, store.url, helpers)
+    worker = ray.remote(TrainWorker).options(**resources(config.policy), max_concurrency=3).remote(store.url)
     try:
         with reraise(ray):
-            _follow(ray, worker, report)
+            name = _follow(ray, worker, pinned(config, store), report)
     finally:
         ray.kill(worker)  # also when whoever waits is interrupted: nobody else knows of it
-    made = find_build(store, "policies", config.name, inputs)
-    assert made
+    made = find_version(store, f"{config.name}@{name}", kind="policies")
     return Version(made.name, made.version, made.counts, Work(seconds=time.monotonic() - started), "policies")
 
 
-def _follow(ray: Any, worker: Any, report: Report) -> None:
-    """Run the job and report its steps."""
-    done = worker.run.remote()
+def pinned(config: TrainConfig, store: Store) -> TrainConfig:
+    """The same training with nothing left to resolve."""
+    policy = models.pinned("policy.model", config.policy, store)
+    return config.model_copy(update={"policy": policy, "subset": str(find_version(store, config.subset))})
+
+
+def resources(policy: PolicyConfig) -> dict[str, float]:
+    """What a worker is given by Ray; one that only watches over several processes needs nothing."""
+    return {"num_cpus": policy.cpus, "num_gpus": policy.gpus} if policy.workers == 1 else {"num_cpus": 0}
+
+
+def _follow(ray: Any, worker: Any, config: TrainConfig, report: Report) -> str:
+    """Run the job and report its steps; the policy's version."""
+    done = worker.run.remote(config)
     meter, seen = None, 0
     while True:
         finished = ray.wait([done], timeout=_POLL)[0]
         if finished:
-            ray.get(done)
+            version: str = ray.get(done)[0]
         step, steps, loss = ray.get(worker.progress.remote())
         if steps and meter is None:
             meter = Meter(report, "train", steps, "steps")
@@ -67,12 +73,12 @@ def _follow(ray: Any, worker: Any, report: Report) -> None:
             meter.add(step - seen, f"loss {loss:.4f}")
             seen = step
         if finished:
-            return
+            return version
 
 
 def find_training(config: TrainConfig, store: Store) -> Version | None:
     """The policy, when it was trained before."""
-    return find_build(store, "policies", config.name, _inputs(config, store)[0], claim=False)
+    return find_build(store, "policies", config.name, training_digest(config, store), claim=False)
 
 
 def helpers_of(config: TrainConfig) -> list[TrainConfig]:
@@ -88,25 +94,23 @@ def helpers_of(config: TrainConfig) -> list[TrainConfig]:
     return found
 
 
-def _inputs(config: TrainConfig, store: Store) -> tuple[str, Version]:
-    """Digest of all that decides the weights, and the subset that is meant."""
-    subset = find_version(store, config.subset)
+def training_digest(config: TrainConfig, store: Store) -> str:
+    """Of all that decides the weights: equal for equal trainings, under whatever name."""
     facts = {
         "schema": SCHEMA_VERSION,
         "stage": "train",
-        "subset": str(subset),
+        "subset": str(find_version(store, config.subset)),
         "model": models.identity("policy.model", config.policy, store),
         "dtype": config.policy.dtype,
     }
-    return digest({**facts, **config.train.deciding()}), subset
+    return digest({**facts, **config.train.deciding()})
 
 
 class TrainWorker:
-    """One training; `progress` answers while `run` works."""
+    """Trains one policy after the other in one process; `progress` answers while `run` works."""
 
-    def __init__(self, config: TrainConfig, subset: str, inputs: str, store_url: str, helpers: list[str]) -> None:
-        self.arguments = (config, subset, inputs, store_url, helpers)
-        self.policy = config.policy
+    def __init__(self, store_url: str) -> None:
+        self.store_url = store_url
         self.state: tuple[int, int, float] = (0, 0, 0.0)
 
     def progress(self) -> tuple[int, int, float]:
@@ -116,37 +120,56 @@ class TrainWorker:
     def note(self, step: int, steps: int, loss: float) -> None:
         self.state = (step, steps, loss)
 
-    def run(self) -> None:
+    def run(self, config: TrainConfig) -> tuple[str, float]:
+        """The policy's version, and the seconds that it took, its helpers included. config: see `pinned`."""
+        started, store = time.monotonic(), Store(self.store_url)
         with telling():
-            if self.policy.workers == 1:
-                Job(*self.arguments).run(self.note)
-            else:
-                self._together()
+            helpers = [f"{helper.name}@{self.run(helper)[0]}" for helper in helpers_of(config)]
+            inputs = training_digest(config, store)
+            made = find_build(store, "policies", config.name, inputs)
+            if not made:
+                self.state = (0, 0, 0.0)
+                if config.policy.workers == 1:
+                    Job(config, inputs, self.store_url, helpers).run(self.note)
+                else:
+                    self._together(config, inputs, helpers)
+                _tidy()
+                made = find_build(store, "policies", config.name, inputs)
+            assert made
+        return made.version, time.monotonic() - started
 
-    def _together(self) -> None:
+    def _together(self, config: TrainConfig, inputs: str, helpers: list[str]) -> None:
         """Several processes through Ray Train, which brings them together for torch.distributed."""
         import ray
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        each = {"CPU": self.policy.cpus, **({"GPU": self.policy.gpus} if self.policy.gpus else {})}
+        policy = config.policy
+        each = {"CPU": policy.cpus, **({"GPU": policy.gpus} if policy.gpus else {})}
+        board = ray.get_runtime_context().current_actor
         with tempfile.TemporaryDirectory() as room:
             TorchTrainer(
                 _share,
-                train_loop_config={"arguments": self.arguments, "board": ray.get_runtime_context().current_actor},
-                torch_config=TorchConfig(backend="nccl" if self.policy.gpus else "gloo"),
+                train_loop_config={"job": (config, inputs, self.store_url, helpers), "board": board},
+                torch_config=TorchConfig(backend="nccl" if policy.gpus else "gloo"),
                 scaling_config=ScalingConfig(
-                    num_workers=self.policy.workers, use_gpu=self.policy.gpus > 0, resources_per_worker=each
+                    num_workers=policy.workers, use_gpu=policy.gpus > 0, resources_per_worker=each
                 ),
                 run_config=RunConfig(storage_path=str(Path(room) / "ray"), name="train"),
             ).fit()
 
 
 def _share(given: dict[str, Any]) -> None:
-    """What each of several workers does."""
+    """What each of several processes does."""
     from ray.train import get_context
 
-    board = given["board"]
-    config, subset, inputs, store_url, helpers = given["arguments"]
-    job = Job(config, subset, inputs, store_url, helpers, rank=get_context().get_world_rank())
-    job.run(lambda *state: board.note.remote(*state))
+    config, inputs, store_url, helpers = given["job"]
+    job = Job(config, inputs, store_url, helpers, rank=get_context().get_world_rank())
+    job.run(lambda *state: given["board"].note.remote(*state))
+
+
+def _tidy() -> None:
+    """Give back what a training leaves in a process that goes on."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()

@@ -73,7 +73,18 @@ def write_config(folder: Path, **changes: Any) -> Path:
 def test_help_and_its_absence(cli: Command) -> None:
     shown = cli("--help")
     assert shown.status == 0
-    for command in ("curate", "train", "evaluate", "subsets", "show", "verify", "doctor", "deploy", "demo"):
+    for command in (
+        "curate",
+        "train",
+        "evaluate",
+        "experiment",
+        "subsets",
+        "show",
+        "verify",
+        "doctor",
+        "deploy",
+        "demo",
+    ):
         assert command in shown.out
     assert cli("curate").status == 2
     assert cli("no-such-command").status == 2

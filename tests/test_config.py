@@ -57,7 +57,8 @@ def test_a_small_configuration_of_each_flow_is_accepted() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_configuration_is_accepted(path: Path) -> None:
-    parts = ["curate"] if path.parent.name == "import" else [path.stem, *path.stem.split("-")]
+    by_folder = {"import": ["curate"], "experiments": ["experiment"]}
+    parts = by_folder.get(path.parent.name) or [path.stem, *path.stem.split("-")]
     flow = next((part for part in parts if part in FLOWS), None)
     assert flow, f"name {path.name} after its flow"
     parse(flow, load_values(path, [], ""), path)
@@ -288,7 +289,7 @@ def test_set_names_the_change_that_it_cannot_make(tmp_path: Path, change: str, w
 
 
 def test_an_unknown_flow_is_refused_with_the_known_ones() -> None:
-    assert "no flow 'cure'; there are: curate, train, evaluate" in refusal(curate_with(), "cure")
+    assert "no flow 'cure'; there are: curate, train, evaluate, experiment" in refusal(curate_with(), "cure")
 
 
 def test_adaptive_rounds_go_by_a_scorer_that_rates_each_sample_alone() -> None:

@@ -43,7 +43,7 @@ def schema(api: httpx.Client, deployed: str) -> dict[str, Any]:
 
 def test_deploy_registers_pool_and_deployments_and_says_what_to_do_next(api: httpx.Client, deployed: str) -> None:
     assert api.get("/work_pools/prefsieve").json()["type"] == "process"
-    for flow in ("curate", "train", "evaluate"):
+    for flow in ("curate", "train", "evaluate", "experiment"):
         deployment = _deployment(api, flow)
         assert deployment["entrypoint"] == f"flows.{flow}.{flow}"
         assert deployment["path"] is None, "the deployer's folder must not be recorded"

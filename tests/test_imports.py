@@ -13,7 +13,8 @@ PROGRAMS = {
     "parsing every shipped configuration": """
 from flows.cli import load_values, parse, FLOWS
 for path in Path("configs").rglob("*.yaml"):
-    parts = ["curate"] if path.parent.name == "import" else path.stem.split("-")
+    by_folder = {"import": ["curate"], "experiments": ["experiment"]}
+    parts = by_folder.get(path.parent.name) or path.stem.split("-")
     flow = next(part for part in parts if part in FLOWS)
     parse(flow, load_values(path, [], ""), path)
 """,

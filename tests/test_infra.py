@@ -50,7 +50,7 @@ def test_every_shipped_configuration_is_one_that_a_flow_takes(path: Path) -> Non
 
 def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
     deployments = read_deployments(ROOT / "deployments" / "prefect.yaml")
-    assert {"curate", "train", "evaluate"} <= {deployment.name for deployment in deployments}
+    assert {"curate", "train", "evaluate", "experiment"} <= {deployment.name for deployment in deployments}
     for deployment in deployments:
         flow = deployment.entrypoint.rsplit(".", 1)[-1]
         parse(flow, deployment.parameters, Path("deployments/prefect.yaml"))
@@ -63,6 +63,11 @@ def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
 def test_the_form_starts_with_the_small_worlds_configuration(flow: str) -> None:
     [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == flow]
     assert deployed.parameters == load_values(ROOT / "configs" / "tinyworld" / f"{flow}.yaml", [], "")
+
+
+def test_the_form_of_an_experiment_starts_with_the_one_on_pvar() -> None:
+    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == "experiment"]
+    assert deployed.parameters == load_values(ROOT / "configs" / "experiments" / "pvar.yaml", [], "")
 
 
 def test_the_deployments_file_is_one_that_prefect_takes_and_pulls_nothing() -> None:

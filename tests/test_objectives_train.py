@@ -67,7 +67,7 @@ def config_of(store: Store, policy: Path, objective: str, **train: Any) -> Train
 
 def run(config: TrainConfig, store: Store, helpers: list[str]) -> list[dict[str, float]]:
     """Metrics of every step."""
-    Job(config, str(find_version(store, "top")), "inputs", store.url, helpers).run(lambda *state: None)
+    Job(config, "inputs", store.url, helpers).run(lambda *state: None)
     place = find_version(store, config.name, "policies").place
     return [json.loads(line) for line in store.read(f"{place}/metrics.jsonl").splitlines()]
 

@@ -165,6 +165,11 @@ def test_local_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch:
     assert models == [f"{here}/model", "org/model", "policy:mine"]
     functions = [scorer["function"] for scorer in shipped["score"]["scorers"]]
     assert functions == [f"{here}/checks/answers.py:score", "package.module:score"]
+    nested = absolute(
+        {"curate": {"ingest": {"source": "./p.jsonl"}}, "evaluate": shipped, "policy": {"model": "model"}}
+    )
+    assert nested["curate"]["ingest"]["source"] == f"{here}/p.jsonl"
+    assert nested["policy"]["model"] == f"{here}/model"
     assert absolute({"store": "s3://bucket/prefix"})["store"] == "s3://bucket/prefix"
     assert absolute({"store": "kept"})["store"] == f"{here}/kept"
     monkeypatch.setenv("PREFSIEVE_STORE", "mine")

@@ -95,14 +95,14 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(trained: Any, tmp_path: 
     cut = copy_store(store, tmp_path / "store")
     (attempt,) = (Path(cut.url) / "policies" / config.name / "checkpoints").glob("*/*")
     (attempt / "checkpoint-6" / "complete.json").unlink()
-    worker = Job(config, "delta", attempt.parent.name, cut.url, [])
+    worker = Job(config, attempt.parent.name, cut.url)
     assert worker._last_checkpoint(tmp_path / "room").name == "checkpoint-4"
 
 
 def test_an_attempt_leaves_the_checkpoints_of_another_that_still_runs(trained: Any, tmp_path: Path) -> None:
     config, _, _ = trained
     cut = copy_store(trained[1], tmp_path / "store")
-    one, two = (Job(config, "delta", "inputs", cut.url, []) for _ in range(2))
+    one, two = (Job(config, "inputs", cut.url) for _ in range(2))
 
     def save(worker: Job, step: int) -> None:
         folder = tmp_path / worker.attempt / f"checkpoint-{step}"
@@ -173,6 +173,6 @@ def test_a_damaged_subset_is_not_trained_on(trained: Any, tiny_models: TinyModel
     content[len(content) // 2] ^= 1
     file.unlink()
     file.write_bytes(content)
-    worker = Job(train_config(tiny_models, cut, subset="top"), "top", "inputs", cut.url, [])
+    worker = Job(train_config(tiny_models, cut, subset="top"), "inputs", cut.url)
     with pytest.raises(ConfigError, match="damaged"):
         worker.run(lambda *state: None)

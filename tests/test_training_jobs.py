@@ -39,7 +39,7 @@ def config_of(models: TinyModels, store: Store, policy: dict[str, Any] | None = 
 
 def run(config: TrainConfig, store: Store, helpers: list[str] | None = None, inputs: str = "inputs") -> str:
     """Without Ray: the job alone; the place of its policy."""
-    Job(config, str(find_version(store, config.subset)), inputs, store.url, helpers or []).run(lambda *state: None)
+    Job(config, inputs, store.url, helpers or []).run(lambda *state: None)
     return find_version(store, config.name, "policies").place
 
 
@@ -158,10 +158,9 @@ import sys
 from tasks.config import TrainConfig
 from tasks.job import Job
 from tasks.store import Store
-from tasks.versions import find_version
 config = TrainConfig.model_validate_json(sys.argv[1])
 store = Store(config.store)
-Job(config, str(find_version(store, config.subset)), sys.argv[2], store.url, []).run(lambda *state: None)
+Job(config, sys.argv[2], store.url).run(lambda *state: None)
 """
 
 

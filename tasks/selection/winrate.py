@@ -26,13 +26,19 @@ class WinRate:
 
 def win_rate(policy: Floats, reference: Floats) -> WinRate:
     """policy, reference: rewards [prompts, samples], NaN where there is none; a prompt without both is left out."""
-    difference = policy[:, :, None] - reference[:, None, :]
-    known = np.isfinite(difference)
-    points = np.where(difference > 0, 1.0, np.where(difference == 0, 0.5, 0.0))
-    meetings = known.sum(axis=(1, 2))
-    use = meetings > 0
-    if not use.any():
+    wins = points(policy, reference)
+    wins = wins[np.isfinite(wins)]
+    if not len(wins):
         return WinRate(float("nan"), float("nan"), 0)
-    wins = np.where(known, points, 0.0).sum(axis=(1, 2))[use] / meetings[use]
     error = float(wins.std(ddof=1) / np.sqrt(len(wins))) if len(wins) > 1 else float("nan")
     return WinRate(float(wins.mean()), error, len(wins))
+
+
+def points(policy: Floats, reference: Floats) -> Floats:
+    """Per prompt the share of meetings that the policy wins; NaN where there is none."""
+    difference = policy[:, :, None] - reference[:, None, :]
+    known = np.isfinite(difference)
+    won = np.where(difference > 0, 1.0, np.where(difference == 0, 0.5, 0.0))
+    meetings = known.sum(axis=(1, 2))
+    sums = np.where(known, won, 0.0).sum(axis=(1, 2))
+    return np.where(meetings > 0, sums / np.maximum(meetings, 1), np.nan)
