@@ -53,8 +53,8 @@ PUBLISHED = {  # length-controlled win rate, win rate, mean length
     "phi-2-sft": (5.85, 3.98, 1068),
     "gemma-2b-it": (5.44, 3.40, 1041),
 }
-# What the published fit gave +1 of tanh(dlen / std(dlen)), from alpaca_eval's file of weights, with the sign of dlen turned
-# (there it is the baseline's length minus the generator's); newer generators are not in it.
+# What the published fit gave +1 of tanh(dlen / std(dlen)), from alpaca_eval's file of weights, with the other sign:
+# there dlen is the baseline's length minus the generator's. Newer generators are not in it.
 PUBLISHED_EFFECT = {
     "claude-2.1": 1.810,
     "gpt-3.5-turbo-1106": 2.042,

@@ -13,8 +13,10 @@ from prefect.cache_policies import NO_CACHE
 
 import tasks.adapt
 import tasks.check
+import tasks.duel
 import tasks.evaluate
 import tasks.generate
+import tasks.harness
 import tasks.imports
 import tasks.ingest
 import tasks.pair
@@ -23,9 +25,9 @@ import tasks.score
 import tasks.subset
 import tasks.train
 from flows.reporting import progress_artifact
-from tasks.config import CompareConfig, CurateConfig, RunConfig, SubsetConfig, TrainConfig
+from tasks.config import CompareConfig, CurateConfig, EvaluateConfig, RunConfig, SubsetConfig, TrainConfig
 from tasks.errors import is_network_fault
-from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version
+from tasks.records import Completions, Duels, Pairs, PromptSet, Rewards, Selection, Version
 from tasks.sections import GenerateConfig, ImportConfig, IngestConfig, ScoreConfig
 from tasks.store import Store
 
@@ -116,7 +118,21 @@ def train(config: TrainConfig, store: str) -> Version:
         return tasks.train.train(config, Store(store), report)
 
 
+@task(name="duel", task_run_name="duel", **_STAGE)
+def duel(config: ScoreConfig, compare: CompareConfig, completions: Completions, store: str, ray_address: str) -> Duels:
+    """What pairwise judges say of policy against reference."""
+    with progress_artifact("duel") as report:
+        return tasks.duel.duel(config, compare, completions, Store(store), report, ray_address)
+
+
 @task(name="evaluate", task_run_name="evaluate", **_STAGE)
-def evaluate(config: CompareConfig, rewards: Rewards, store: str) -> dict[str, Any]:
+def evaluate(config: CompareConfig, rewards: Rewards, store: str, duels: Duels | None = None) -> dict[str, Any]:
     with progress_artifact("evaluate") as report:
-        return tasks.evaluate.evaluate(config, rewards, Store(store), report)
+        return tasks.evaluate.evaluate(config, rewards, Store(store), report, duels)
+
+
+@task(name="harness", task_run_name="harness", **_STAGE)
+def harness(config: EvaluateConfig, store: str) -> dict[str, Any]:
+    """lm-evaluation-harness on policy and reference."""
+    with progress_artifact("harness") as report:
+        return tasks.harness.harness(config, Store(store), report)

@@ -1,4 +1,4 @@
-"""Win rate of one policy over another, from rewards of both on the same prompts.
+"""Win rate of one policy over another, from rewards of both on the same prompts, or from points of single meetings.
 
 Per prompt, every sample of the policy meets every sample of the reference: a higher reward is a win, a tie counts 1/2.
 The win rate is the mean over prompts; prompts are independent, samples of one prompt are not, so the standard error is
@@ -26,13 +26,24 @@ class WinRate:
 
 def win_rate(policy: Floats, reference: Floats) -> WinRate:
     """policy, reference: rewards [prompts, samples], NaN where there is none; a prompt without both is left out."""
+    return mean_points(meetings(policy, reference))
+
+
+def meetings(policy: Floats, reference: Floats) -> Floats:
+    """The policy's points of every sample against every sample, [prompts, samples of the one * of the other]: 1, 1/2
+    or 0, NaN where one has no reward."""
     difference = policy[:, :, None] - reference[:, None, :]
-    known = np.isfinite(difference)
-    points = np.where(difference > 0, 1.0, np.where(difference == 0, 0.5, 0.0))
-    meetings = known.sum(axis=(1, 2))
-    use = meetings > 0
+    points = np.where(np.isfinite(difference), 0.5 + 0.5 * np.sign(difference), np.nan)
+    return points.reshape(len(points), -1)
+
+
+def mean_points(points: Floats) -> WinRate:
+    """points: [prompts, meetings] in [0, 1], NaN where there was none; a prompt without any is left out."""
+    known = np.isfinite(points)
+    met = known.sum(axis=1)
+    use = met > 0
     if not use.any():
         return WinRate(float("nan"), float("nan"), 0)
-    wins = np.where(known, points, 0.0).sum(axis=(1, 2))[use] / meetings[use]
+    wins = np.where(known, points, 0.0).sum(axis=1)[use] / met[use]
     error = float(wins.std(ddof=1) / np.sqrt(len(wins))) if len(wins) > 1 else float("nan")
     return WinRate(float(wins.mean()), error, len(wins))
