@@ -44,6 +44,7 @@ def definitions(tmp_path: Path) -> Path:
         "task": "next_chosen",
         "output_type": "multiple_choice",
         "doc_to_choice": [str(i) for i in range(1, EXAMPLES + 1)],
+        "doc_to_target": "{{answer | int - 1}}",  # which of the choices
         "metric_list": [{"metric": "acc", **metric}],
     }
     written = {
