@@ -17,6 +17,7 @@ from tasks.check import check, checks
 from tasks.compare import cell_states
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.drafts import Drafts
+from tasks.duel import missing_duels, sides_of
 from tasks.errors import ConfigError, RunError
 from tasks.experiments import ExperimentConfig
 from tasks.explain import explain, overlap
@@ -25,7 +26,7 @@ from tasks.imports import import_, known_import
 from tasks.ingest import known_prompts
 from tasks.pair import pair
 from tasks.records import Completions, Counts, PromptSet, Rewards
-from tasks.samples import wanted
+from tasks.samples import wanted, wanted_of
 from tasks.score import files_to_rate, missing_rewards
 from tasks.sections import GenerateConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
@@ -134,6 +135,10 @@ def _engine_work(config: CurateConfig | EvaluateConfig, drafts: Store) -> tuple[
         each = f"{steps} samples per prompt, in rounds, as their rewards decide"
     generate = [{"stage": "generate", "what": g.name, "to do": each} for g in config.generate.generators]
     score = [{"stage": "score", "what": s.name, "to do": "a reward per sample"} for s in config.score.scorers]
+    if isinstance(config, EvaluateConfig):
+        for row, scorer in zip(score, config.score.scorers, strict=True):
+            if scorer.compares:
+                row |= {"stage": "duel", "to do": "a comparison per sample, in both orders"}
     rewards = None
     if prompts:
         if config.generate.adaptive:
@@ -141,7 +146,9 @@ def _engine_work(config: CurateConfig | EvaluateConfig, drafts: Store) -> tuple[
         else:
             generate, completions = _generate_work(config.generate, prompts, drafts)
         if completions:
-            score = _score_work(config.score.scorers, completions, drafts)
+            duels = _duel_work(config, completions, drafts) if isinstance(config, EvaluateConfig) else []
+            rating = config.score.rating if duels else config.score
+            score = [*_score_work(rating.scorers, completions, drafts), *duels]
             if _done(score):
                 scorers = {s.name: models.scorer_fingerprint(s, drafts) for s in config.score.scorers}
                 rewards = Rewards(completions, scorers, Counts(0, 0))
@@ -209,6 +216,18 @@ def _score_work(scorers: list[ScorerConfig], completions: Completions, store: St
         rewards = sum(item["samples"] for item in items)
         what = f"{rewards:,} rewards in {len(items):,} files" if items else _NOTHING
         work.append({"stage": "score", "what": scorer.name, "to do": what})
+    return work
+
+
+def _duel_work(config: EvaluateConfig, completions: Completions, store: Store) -> list[dict[str, Any]]:
+    """Of pairwise judges, likewise."""
+    sides, work = sides_of(config.evaluate, completions), []
+    for judge in config.score.comparing:
+        fingerprint = models.scorer_fingerprint(judge, store)
+        items = missing_duels(store, fingerprint, sides, list(wanted_of(store, completions)))
+        number = sum(item["samples"] for item in items)
+        what = f"{number:,} comparisons in both orders, in {len(items):,} files" if items else _NOTHING
+        work.append({"stage": "duel", "what": judge.name, "to do": what})
     return work
 
 

@@ -1,4 +1,4 @@
-"""evaluate: held-out prompts in; rewards, win rate and lengths of a policy against a reference out."""
+"""evaluate: held-out prompts in; win rates, scores and lengths of a policy against a reference out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows import markdown, reporting, stages
 from tasks.cluster import disconnecting
-from tasks.config import CompareConfig, EvaluateConfig
+from tasks.config import CompareConfig, EvaluateConfig, HarnessConfig
 from tasks.sections import GenerateConfig, IngestConfig, ScoreConfig
 from tasks.store import Store
 
@@ -21,6 +21,7 @@ def evaluate(
     generate: GenerateConfig,
     score: ScoreConfig,
     evaluate: CompareConfig = _COMPARE,
+    harness: HarnessConfig | None = None,
     store: str = "",
     ray_address: str = "local",
 ) -> dict[str, Any]:
@@ -29,25 +30,38 @@ def evaluate(
     Args:
         ingest: The held-out prompts.
         generate: The two models; a trained policy is named policy:NAME[@VERSION].
-        score: What rates their answers.
+        score: What rates their answers; a pairwise judge compares them.
         evaluate: Which of the two is under test.
+        harness: Tasks of lm-evaluation-harness for both, such as gsm8k.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
         ray_address: local starts Ray here; auto joins the cluster that this process is part of.
     """
     config = EvaluateConfig(
-        ingest=ingest, generate=generate, score=score, evaluate=evaluate, store=store, ray_address=ray_address
+        ingest=ingest,
+        generate=generate,
+        score=score,
+        evaluate=evaluate,
+        harness=harness,
+        store=store,
+        ray_address=ray_address,
     )
     url = config.store_url
     with disconnecting():
         stages.check(config)
         prompts = stages.ingest(config.ingest, url)
         completions = stages.generate(config.generate, prompts, url, config.ray_address)
-        rewards = stages.score(config.score, completions, url, config.ray_address)
-        result = stages.evaluate(config.evaluate, rewards, url)
+        rewards = stages.score(config.score.rating, completions, url, config.ray_address)
+        duels = None
+        if config.score.comparing:
+            duels = stages.duel(config.score, config.evaluate, completions, url, config.ray_address)
+        result = stages.evaluate(config.evaluate, rewards, url, duels)
+        if config.harness:
+            result = {**result, "harness": stages.harness(config, url)}
+    rows = reporting.rows_up_to(rewards)
     report = {
         "store": Store(url).url,
         **result,
-        "stages": reporting.rows_up_to(rewards),
+        "stages": [*rows, reporting.stage_row("duel", duels.counts, duels.work)] if duels else rows,
     }
     reporting.show_counts("evaluate", report["stages"])
     reporting.show_report("evaluate", markdown.evaluate_markdown(report))

@@ -75,23 +75,25 @@ def evaluate_markdown(report: dict[str, Any]) -> str:
     rows, sources = [], []
     for scorer, result in report["scorers"].items():
         rows.append({"scorer": scorer, **_comparison(result)})
-        sources += [
-            {"scorer": scorer, "source": name, **_comparison(part)} for name, part in result["by_source"].items()
-        ]
+        sources += [{"scorer": scorer, "source": name, **_rates(part)} for name, part in result["by_source"].items()]
     tokens = report["mean_tokens"]
     return "\n".join(
         [
             f"# {report['policy']} against {report['reference']}",
             "",
             f"{report['prompts']:,} held-out prompts, {report['samples']} samples each. Mean length "
-            f"{number(tokens['policy'])} against {number(tokens['reference'])} tokens.",
+            f"{number(tokens['policy'])} against {number(tokens['reference'])} tokens. LC: win rate if both were "
+            "equally long.",
             "",
             *table(rows),
+            "",
+            *(line for scorer, result in report["scorers"].items() for line in _scorer_lines(scorer, result)),
             "",
             "## By source",
             "",
             *table(sources),
             "",
+            *_harness_lines(report.get("harness")),
         ]
     )
 
@@ -107,15 +109,77 @@ def experiment_text(result: dict[str, Any], costs: dict[str, Any]) -> str:
 
 
 def _comparison(result: dict[str, Any]) -> dict[str, Any]:
-    error = "" if result["standard_error"] is None else f" ± {100 * result['standard_error']:.1f}"
-    rate = "none" if result["win_rate"] is None else f"{100 * result['win_rate']:.1f} %{error}"
     means = result["mean_reward"]
     return {
-        "win rate": rate,
+        "win rate": _rate(result),
+        "LC win rate": _rate(result["length_controlled"]),
         "mean reward": means["policy"],
         "reference": means["reference"],
         "prompts": result["prompts"],
     }
+
+
+def _rates(result: dict[str, Any]) -> dict[str, Any]:
+    tokens = result["mean_tokens"]
+    return {
+        "win rate": _rate(result),
+        "LC win rate": _rate(result["length_controlled"]),
+        "tokens": f"{number(tokens['policy'])} / {number(tokens['reference'])}",
+        "prompts": result["prompts"],
+    }
+
+
+def _rate(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "too few prompts"
+    if result["win_rate"] is None:
+        return "none"
+    error = result["standard_error"]
+    return f"{100 * result['win_rate']:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _scorer_lines(scorer: str, result: dict[str, Any]) -> list[str]:
+    """What stands behind a scorer's win rate, a line each."""
+    verdicts = result["verdicts"]
+    lines = [
+        f"- **{plain(scorer)}**: {verdicts['wins']:,} wins, {verdicts['ties']:,} ties, {verdicts['losses']:,} losses."
+    ]
+    if style := result.get("style_controlled"):
+        lines += [f"  - With length and markdown controlled: {_rate(style)}."]
+    if judge := result.get("judge"):
+        shown = [f"{name.replace('_', ' ')} {n:,}" for name, n in judge["shown_first"].items()]
+        again = [f"{name.replace('_', ' ')} {n:,}" for name, n in judge["shown_second"].items()]
+        lines += [f"  - Shown first: {', '.join(shown)}; shown second: {', '.join(again)}."]
+    if judge and judge["consistency"] is not None:
+        arena = result["arena"]
+        lines += [
+            f"  - Both orders agree in {100 * judge['consistency']:.1f} %; the first place won "
+            f"{100 * judge['first_place']:.1f} % of the games.",
+            f"  - Arena score {100 * arena['score']:.1f} % ({100 * arena['low']:.1f} to {100 * arena['high']:.1f} in "
+            f"{arena['bootstraps']} bootstraps), strong verdicts counted three times.",
+        ]
+    return lines
+
+
+def _harness_lines(harness: dict[str, Any] | None) -> list[str]:
+    if harness is None:
+        return []
+    rows = [
+        {"task": plain(task), "metric": plain(metric), **{side: _value(sides.get(side)) for side in _SIDES}}
+        for task, result in harness["tasks"].items()
+        for metric, sides in result["metrics"].items()
+    ]
+    return [f"## Tasks of {harness['version']}", "", *table(rows), ""]
+
+
+_SIDES = ("policy", "reference")
+
+
+def _value(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    error = result["standard_error"]
+    return f"{result['value']:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def preview_markdown(result: dict[str, Any]) -> str:

@@ -15,9 +15,11 @@ import tasks.adapt
 import tasks.cells
 import tasks.check
 import tasks.compare
+import tasks.duel
 import tasks.evaluate
 import tasks.experiment_report
 import tasks.generate
+import tasks.harness
 import tasks.imports
 import tasks.ingest
 import tasks.pair
@@ -28,11 +30,11 @@ import tasks.train
 from flows.markdown import experiment_text
 from flows.reporting import progress_artifact
 from tasks.cells import Policies
-from tasks.config import CompareConfig, CurateConfig, RunConfig, SubsetConfig, TrainConfig
+from tasks.config import CompareConfig, CurateConfig, EvaluateConfig, RunConfig, SubsetConfig, TrainConfig
 from tasks.errors import is_network_fault
 from tasks.experiment_report import Experiment
 from tasks.experiments import ExperimentConfig
-from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version
+from tasks.records import Completions, Duels, Pairs, PromptSet, Rewards, Selection, Version
 from tasks.sections import GenerateConfig, ImportConfig, IngestConfig, ScoreConfig
 from tasks.store import Store
 
@@ -125,10 +127,24 @@ def train(config: TrainConfig, store: str) -> Version:
         return tasks.train.train(config, Store(store), report)
 
 
+@task(name="duel", task_run_name="duel", **_STAGE)
+def duel(config: ScoreConfig, compare: CompareConfig, completions: Completions, store: str, ray_address: str) -> Duels:
+    """What pairwise judges say of policy against reference."""
+    with progress_artifact("duel") as report:
+        return tasks.duel.duel(config, compare, completions, Store(store), report, ray_address)
+
+
 @task(name="evaluate", task_run_name="evaluate", **_STAGE)
-def evaluate(config: CompareConfig, rewards: Rewards, store: str) -> dict[str, Any]:
+def evaluate(config: CompareConfig, rewards: Rewards, store: str, duels: Duels | None = None) -> dict[str, Any]:
     with progress_artifact("evaluate") as report:
-        return tasks.evaluate.evaluate(config, rewards, Store(store), report)
+        return tasks.evaluate.evaluate(config, rewards, Store(store), report, duels)
+
+
+@task(name="harness", task_run_name="harness", **_STAGE)
+def harness(config: EvaluateConfig, store: str) -> dict[str, Any]:
+    """lm-evaluation-harness on policy and reference."""
+    with progress_artifact("harness") as report:
+        return tasks.harness.harness(config, Store(store), report)
 
 
 @task(name="train", task_run_name="train", **_STAGE)

@@ -8,13 +8,15 @@ from typing import Any
 
 from tasks import models
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.duel import missing_duels, sides_of
 from tasks.errors import ConfigError, RunError
 from tasks.experiments import ExperimentConfig, HeldOutConfig
 from tasks.generate import missing_completions
+from tasks.harness import harness_found
 from tasks.imports import known_import, preview
 from tasks.ingest import known_prompts
 from tasks.records import Completions
-from tasks.samples import wanted
+from tasks.samples import wanted, wanted_of
 from tasks.score import files_to_rate, missing_rewards
 from tasks.sections import GeneratorConfig, ImportConfig, ScorerConfig
 from tasks.sources import find_source
@@ -74,6 +76,9 @@ def _named(config: RunConfig, store: Store) -> Iterator[Check]:
             yield f"generator {generator.name}", _generator(generator, f"generate.generators.{i}", store)
         for i, scorer in enumerate(config.score.scorers if config.score else []):
             yield f"scorer {scorer.name}", _scorer(config, scorer, f"score.scorers.{i}", store)
+        if isinstance(config, EvaluateConfig) and config.harness:
+            tasks_of = config.harness
+            yield f"harness {', '.join(tasks_of.tasks)}", lambda: harness_found(tasks_of)
         yield "models and functions", lambda: _distinct(config, store)
 
 
@@ -142,8 +147,12 @@ def _all_rated(config: Evaluated, scorer: ScorerConfig, store: Store) -> bool:
     completions = _known_completions(config, store)
     if completions is None:
         return False
+    fingerprint = models.scorer_fingerprint(scorer, store)
+    if isinstance(config, EvaluateConfig) and scorer.compares:
+        sides = sides_of(config.evaluate, completions)
+        return not missing_duels(store, fingerprint, sides, list(wanted_of(store, completions)))
     files = [item for item, _ in files_to_rate(completions, store)]
-    return not missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)
+    return not missing_rewards(store, scorer, fingerprint, files)
 
 
 def _known_completions(config: Evaluated, store: Store) -> Completions | None:

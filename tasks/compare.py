@@ -25,7 +25,7 @@ from tasks.ingest import known_prompts, read_shard, shards_of
 from tasks.progress import Meter, Report, silent
 from tasks.records import SCHEMA_VERSION, Completions, Rewards, Version, digest
 from tasks.selection import comparison
-from tasks.selection.winrate import points
+from tasks.selection.winrate import meetings, points
 from tasks.store import Store
 from tasks.train import find_training
 from tasks.versions import find_version, read_manifest
@@ -126,7 +126,7 @@ def _measured(config: ExperimentConfig, policy: Version, rewards: Rewards, store
         for name in names:
             mine, theirs = arrays.rewards[name][:, :samples], arrays.rewards[name][:, samples:]
             part[f"reward.{name}"], part[f"reference.{name}"] = _means(mine), _means(theirs)
-            part[f"wins.{name}"] = points(mine, theirs)
+            part[f"wins.{name}"] = points(meetings(mine, theirs))
         parts.append(part)
     return pa.table({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 

@@ -322,6 +322,19 @@ class TrainConfig(RunConfig):
 class CompareConfig(Section):
     policy: Name = Field("policy", description="Name of the generator under test.")
     reference: Name = Field("reference", description="Name of the generator it is compared with.")
+    difficulty: str = Field("", description="Kept column with a number per prompt, for the length-controlled fit.")
+    style: bool = Field(False, description="Also control for headers, lists, bold and code blocks; reads all texts.")
+
+
+class HarnessConfig(Section):
+    """Tasks of lm-evaluation-harness, run on policy and reference."""
+
+    tasks: list[str] = Field(min_length=1, description="Names of tasks, such as gsm8k, or of your own definitions.")
+    include_path: str = Field("", description="Folder with task definitions (YAML) of your own.")
+    limit: int = Field(0, ge=0, description="Only the first so many examples of each task; 0 takes all.")
+    num_fewshot: int = Field(-1, ge=-1, description="Examples shown before each question; -1 as the task says.")
+    chat_template: bool = Field(True, description="Put questions into the model's chat template.")
+    max_gen_tokens: int = Field(0, ge=0, description="Longest answer in tokens; 0 as the task says.")
 
 
 class EvaluateConfig(RunConfig):
@@ -331,16 +344,24 @@ class EvaluateConfig(RunConfig):
     generate: GenerateConfig
     score: ScoreConfig
     evaluate: CompareConfig = CompareConfig()
+    harness: HarnessConfig | None = None
 
     @model_validator(mode="after")
     def _references(self) -> EvaluateConfig:
         if self.generate.adaptive:
             raise ValueError("generate.adaptive is for curate; an evaluation takes the same samples of every prompt")
-        names = [generator.name for generator in self.generate.generators]
-        _known("evaluate: policy", self.evaluate.policy, names)
-        _known("evaluate: reference", self.evaluate.reference, names)
+        generators = {generator.name: generator for generator in self.generate.generators}
+        _known("evaluate: policy", self.evaluate.policy, list(generators))
+        _known("evaluate: reference", self.evaluate.reference, list(generators))
         if self.evaluate.policy == self.evaluate.reference:
             raise ValueError("evaluate: policy and reference must be different generators")
+        if self.evaluate.difficulty and self.evaluate.difficulty not in self.ingest.columns.keep:
+            raise ValueError(
+                f"evaluate: difficulty: column {self.evaluate.difficulty!r} is not kept; name it in ingest.columns.keep"
+            )
+        for name in (self.evaluate.policy, self.evaluate.reference):
+            if self.harness and generators[name].engine == "fake":
+                raise ValueError(f"harness: generator {name!r} is fake; the harness needs real models")
         return self
 
 

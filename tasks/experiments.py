@@ -53,6 +53,11 @@ class HeldOutConfig(Section):
             raise ValueError("evaluate.generate: give one generator, the reference; policies are sampled as it is")
         if self.generate.adaptive:
             raise ValueError("evaluate.generate.adaptive is for curate; here all prompts get the same samples")
+        if self.score.comparing:
+            raise ValueError(
+                f"evaluate.score: {self.score.comparing[0].name!r} is a pairwise judge, which gives no rewards; use "
+                "mode: pointwise here, and `prefsieve evaluate` for pairwise judges"
+            )
         scorers = [scorer.name for scorer in self.score.scorers]
         if self.scorer and self.scorer not in scorers:
             raise ValueError(f"evaluate.scorer: {self.scorer!r} is not one of {', '.join(scorers)}")

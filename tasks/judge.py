@@ -5,7 +5,8 @@ Pointwise: every different response to a prompt is rated alone; its reward is th
 Pairwise: every two different responses to a prompt that lie in one file of completions are compared, in both orders; a
 response's reward is its win share (tasks/selection/roundrobin.py). The limits of that: n samples cost n (n-1) requests;
 a reward says how a sample does among its siblings in that file, so it compares neither generators, nor prompts, nor
-samples that were added in a later run; a file with a single sample gives no rewards.
+samples that were added in a later run; a file with a single sample gives no rewards. Two generators are compared by
+tasks/duel.py, through the same judge.
 
 An answer that cannot be read is asked for once more, with another seed and a reminder. What then has none is missing,
 with a reason.
@@ -33,6 +34,7 @@ JUDGE = "judge: "  # begins every reason
 ENDPOINT = (f"{JUDGE}no answer", f"{JUDGE}refused")  # reasons of tasks/engines/openai.py, which may pass
 
 Place = tuple[int, str]  # row of the prompt, text
+Duel = tuple[int, str, str]  # row of the prompt, text shown as A, text shown as B
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,7 @@ class Judge:
     ) -> dict[Place, float | Rating | str]:
         different = [Counter(mine) for mine in texts]
         duels = [(row, a, b) for row, mine in enumerate(different) for a in mine for b in mine if a != b]
-        questions = [
-            _Question(rows[row]["prompt_id"], rubric.comparison_messages(self.config, rows[row]["messages"], a, b))
-            for row, a, b in duels
-        ]
-        answers = dict(zip(duels, await self._ask(questions, rubric.read_verdict, spent), strict=True))
+        answers = await self._grades(rows, duels, spent)
         outcomes: dict[Place, float | Rating | str] = {}
         for row, mine in enumerate(different):
             names = list(mine)
@@ -93,8 +91,8 @@ class Judge:
             for i, a in enumerate(names):
                 for j, b in enumerate(names):
                     answer = answers.get((row, a, b))
-                    if isinstance(answer, float):
-                        points[i, j] = answer
+                    if isinstance(answer, int):
+                        points[i, j] = 0.5 + 0.5 * np.sign(answer)
             shares, consistency = win_shares(points, np.array([mine[name] for name in names], dtype=np.int64))
             for i, name in enumerate(names):
                 if np.isfinite(shares[i]):
@@ -105,6 +103,26 @@ class Judge:
                     why = [answer for pair in pairs if isinstance(answer := answers.get(pair), str)]
                     outcomes[row, name] = why[0] if why else f"{JUDGE}nothing to compare with: one sample in its file"
         return outcomes
+
+    async def compare(
+        self, rows: list[dict[str, Any]], duels: Sequence[Duel]
+    ) -> tuple[dict[Duel, int | str], int, int]:
+        """A grade for each (row, shown as A, shown as B), or why there is none; how many requests and tokens it took.
+
+        Equal duels are asked for once; the other order is a duel of its own.
+        """
+        spent: Counter[str] = Counter()
+        return await self._grades(rows, list(dict.fromkeys(duels)), spent), spent["requests"], spent["tokens"]
+
+    async def _grades(
+        self, rows: list[dict[str, Any]], duels: Sequence[Duel], spent: Counter[str]
+    ) -> dict[Duel, int | str]:
+        questions = [
+            _Question(rows[row]["prompt_id"], rubric.comparison_messages(self.config, rows[row]["messages"], a, b))
+            for row, a, b in duels
+        ]
+        answers = await self._ask(questions, lambda answer: rubric.read_verdict(self.config, answer), spent)
+        return dict(zip(duels, answers, strict=True))
 
     async def _ask(
         self, questions: Sequence[_Question], read: Callable[[str], Any], spent: Counter[str]

@@ -67,6 +67,17 @@ def rewards_schema(dimensions: Sequence[str] = ()) -> pa.Schema:
     return pa.schema([*REWARDS, *((DIMENSION + name, pa.list_(pa.float64())) for name in dimensions)])
 
 
+# One side's grades, above 0 where the judge preferred it; both null where there is no comparison, with a reason where
+# the judge is why.
+DUELS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("first", pa.list_(pa.int8())),  # shown first, as A
+        ("second", pa.list_(pa.int8())),  # shown second, as B
+        ("reasons", pa.list_(pa.string())),
+    ]
+)
+
 NAME = pa.dictionary(pa.int32(), pa.string())  # one of few
 
 PAIRS = pa.schema(
@@ -250,6 +261,16 @@ class Rewards:
         dropped = {**self.counts.dropped, **other.counts.dropped}
         counts = Counts(self.counts.into + other.counts.into, self.counts.out + other.counts.out, dropped)
         return replace(other, scorers={**self.scorers, **other.scorers}, counts=counts)
+
+
+@dataclass(frozen=True)
+class Duels:
+    """Comparisons of two generators' samples by pairwise judges."""
+
+    completions: Completions
+    judges: Mapping[str, str]  # name -> fingerprint
+    counts: Counts
+    work: Work = Work()
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def score(
     def on_done(name: str, counts: dict[str, Any]) -> None:
         totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
         totals[f"missing from {name}"] += counts["missing"]
-        _check_missing(config, name, totals[f"missing from {name}"], in_files, counts["example"])
+        check_missing(config, name, totals[f"missing from {name}"], in_files, counts["example"])
         note = f"{totals['tokens'] / meter.seconds:,.0f} tokens/s" if totals["tokens"] else ""
         meter.add(counts["finished"], note)
 
@@ -242,7 +242,7 @@ def _count(
             for reason in reasons.drop_null().to_pylist():
                 dropped[f"{name}: {reason.removeprefix(JUDGE).split(':')[0]}"] += 1
                 mine, example = mine + 1, reason
-        _check_missing(config, name, mine, seen, example)
+        check_missing(config, name, mine, seen, example)
         into += seen
     return Counts(into, into - sum(dropped.values()), dict(dropped))
 
@@ -256,9 +256,11 @@ def _taken(lists: pa.ListArray, take: Mask) -> pa.Array:
     return lists.flatten().filter(pa.array(take[there]))
 
 
-def _check_missing(config: ScoreConfig, name: str, missing: int, of: float, example: str) -> None:
+def check_missing(
+    config: ScoreConfig, name: str, missing: int, of: float, example: str, what: str = "rewards of scorer"
+) -> None:
     if missing > config.max_missing * of:
         raise TooManyMissing(
-            f"score: {missing} of {of:,.0f} rewards of scorer {name!r} are missing, more than max_missing "
+            f"score: {missing} of {of:,.0f} {what} {name!r} are missing, more than max_missing "
             f"{config.max_missing:.0%}: {example}. The completions are kept; mend the scorer and run again."
         )

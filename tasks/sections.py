@@ -226,6 +226,9 @@ class JudgeConfig(Section):
         "pointwise",
         description="Rate each response alone, or compare the responses to a prompt by twos, in both orders.",
     )
+    verdicts: Literal[3, 5] = Field(
+        3, description="Pairwise: better, worse or a tie; 5 also tells much better and much worse, for arena scores."
+    )
     dimensions: list[DimensionConfig] = Field(
         _RUBRIC, min_length=1, max_length=32, description="What is rated; pairwise, what the comparison goes by."
     )
@@ -268,6 +271,11 @@ class ScorerConfig(ModelConfig):
     function: str = Field("", description="package.module:name or path/to/file.py:name, called as f(prompt, text).")
     judge: JudgeConfig = Field(JudgeConfig(), description="What a judge is asked, type judge only.")
 
+    @property
+    def compares(self) -> bool:
+        """A pairwise judge: in an evaluation it compares the two sides, and gives no rewards."""
+        return self.type == "judge" and self.judge.mode == "pairwise"
+
     @model_validator(mode="before")
     @classmethod
     def _engine_of_a_judge(cls, values: Any) -> Any:
@@ -306,6 +314,16 @@ class EnsembleConfig(Section):
 class ScoreConfig(Section):
     scorers: list[ScorerConfig] = Field(min_length=1, description="One or more sources of rewards.")
     max_missing: float = Field(0.05, ge=0, le=1, description="Stop when a larger share of the rewards is not finite.")
+
+    @property
+    def comparing(self) -> list[ScorerConfig]:
+        """The pairwise judges."""
+        return [scorer for scorer in self.scorers if scorer.compares]
+
+    @property
+    def rating(self) -> ScoreConfig:
+        """Without the pairwise judges; it may be empty."""
+        return self.model_copy(update={"scorers": [scorer for scorer in self.scorers if not scorer.compares]})
 
     @model_validator(mode="after")
     def _unique_names(self) -> ScoreConfig:

@@ -13,6 +13,8 @@ endpoints that failed, takes away.
     fingerprints/<fingerprint>.json                           what a generator's or scorer's fingerprint stands for
     completions/<generator>/<prompts>.<first>-<last>.parquet  samples first..last-1, one row a prompt of a shard
     rewards/<scorer>/<generator>/<rated>.<first>-<last>.parquet
+    duels/<judge>/<one>-<other>/<prompts>.<first>-<last>.parquet
+    harness/<digest>.json                                     what a model got in lm-evaluation-harness
     pairs/<digest>/                                           pairs, drops, selections
     subsets/<name>/<version>/                                 what people use
     policies/<name>/<version>/                                what training made; checkpoints beside

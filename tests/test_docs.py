@@ -15,7 +15,7 @@ import yaml
 from flows.cli import FLOWS, load_values
 from flows.doctor import plan
 from flows.markdown import plan_markdown
-from tasks.config import METRICS, Control, CurateConfig
+from tasks.config import METRICS, Control, CurateConfig, EvaluateConfig
 from tasks.forms import form_of, understand
 from tasks.sections import ImportConfig
 from tasks.selection.pairing import REASONS
@@ -35,6 +35,26 @@ def test_every_number_of_the_guides_examples_is_what_the_code_computes() -> None
     said: list[str] = []
     result = doctest.DocTestRunner(verbose=False).run(examples, out=said.append)
     assert not result.failed, "".join(said)
+
+
+def test_every_number_of_the_evaluation_guide_is_what_the_code_computes_and_its_configuration_is_accepted() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w+)\n(.*?)```(?=\n)", text, re.DOTALL | re.MULTILINE)
+    program = "".join(content for kind, content in blocks if kind == "python")
+    examples = doctest.DocTestParser().get_doctest(program, {}, "evaluation.md", "evaluation.md", 0)
+    assert len(examples.examples) > 15
+    said: list[str] = []
+    result = doctest.DocTestRunner(verbose=False).run(examples, out=said.append)
+    assert not result.failed, "".join(said)
+    [configuration] = [yaml.safe_load(content) for kind, content in blocks if kind == "yaml"]
+    assert set(configuration) <= set(EvaluateConfig.model_validate(configuration).model_dump())
+    shown = json.loads((ROOT / "benchmarks" / "results" / "leaderboard.json").read_text())
+    measured = [*shown["length_controlled"].values(), shown["uncontrolled"], shown["win_rate"], *shown["generators"]]
+    known = {str(value) for row in measured for value in row.values()}
+    known |= {str(shown["spearman_of_gap_and_gap_of_effect"])}
+    section = text.partition("## 6.")[2]
+    claimed = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", section))
+    assert claimed - {"0.2", "3.5"} <= known, claimed - known  # a weight in the published code, and a name
 
 
 def test_every_decimal_in_the_guides_prose_stands_in_one_of_its_examples() -> None:

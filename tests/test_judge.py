@@ -152,7 +152,7 @@ def test_an_answer_is_read_exactly_when_it_keeps_to_the_schema(answer: dict[str,
 
 @given(st.text() | st.sampled_from(["[" * 100_000, '{"verdict": ' + "9" * 5000 + "}", "NaN", "[]", "5", "null"]))
 def test_what_is_no_answer_is_a_value_error_and_nothing_else(text: str) -> None:
-    for read in (lambda: rubric.read_ratings(POINTWISE, text), lambda: rubric.read_verdict(text)):
+    for read in (lambda: rubric.read_ratings(POINTWISE, text), lambda: rubric.read_verdict(PAIRWISE, text)):
         with pytest.raises(ValueError):
             read()
 
@@ -181,7 +181,17 @@ def test_an_unreadable_answer_says_why(text: str, words: str) -> None:
 
 def test_a_code_fence_around_an_answer_is_forgiven() -> None:
     assert rubric.read_ratings(POINTWISE, f"\n```json\n{GOOD}\n```\n") == dict.fromkeys(NAMES, 4)
-    assert [rubric.read_verdict(f'{{"verdict": "{word}"}}') for word in ("A", "B", "tie")] == [1.0, 0.0, 0.5]
+    assert [rubric.read_verdict(PAIRWISE, f'{{"verdict": "{word}"}}') for word in ("A", "B", "tie")] == [1, -1, 0]
+
+
+def test_five_verdicts_have_words_of_their_own_and_another_judge_is_another() -> None:
+    five = JudgeConfig(mode="pairwise", verdicts=5)
+    words = rubric.schema(five)["properties"]["verdict"]["enum"]
+    assert [rubric.read_verdict(five, json.dumps({"verdict": word})) for word in words] == [2, 1, 0, -1, -2]
+    assert all(f'"{word}"' in rubric.instructions(five) for word in words)
+    with pytest.raises(ValueError, match="verdict is none of A>>B, A>B, A=B, B>A, B>>A"):
+        rubric.read_verdict(five, '{"verdict": "A"}')
+    assert rubric.facts(five) != rubric.facts(PAIRWISE)
 
 
 # --- round robins

@@ -207,7 +207,7 @@ def test_a_judge_that_knows_nothing_answers_by_the_schema_all_the_same(tiny_judg
             assert isinstance(reply, Reply) and reply.prompt_tokens > 500 and 50 < reply.tokens < 200
             ratings.append(tuple(rubric.read_ratings(config.judge, reply.text).values()))
     assert len(ratings) == 4 * len(PROMPTS) and len(set(ratings)) > 10
-    assert {rubric.read_verdict(reply.text) for reply in replies[len(rated) :]} <= {0.0, 0.5, 1.0}
+    assert {rubric.read_verdict(pairwise, reply.text) for reply in replies[len(rated) :]} <= {-1, 0, 1}
 
 
 def _rewards(rewards: Any, scorer: str, prompts: Any, store: Store) -> np.ndarray:

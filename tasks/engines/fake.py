@@ -14,9 +14,11 @@ import random
 import re
 from typing import Any
 
+from tasks import rubric
 from tasks.engines import Answer, ChatRequest, GenerationRequest, Reply, Sample, ScoringRequest
 from tasks.sections import GeneratorConfig, ScorerConfig
 
+_GRADED = {number: {grade: word for word, grade in grades.items()} for number, grades in rubric.GRADES.items()}
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "juniper", "kelp", "larch")
 
 
@@ -103,7 +105,8 @@ class FakeJudge:
                 answer[name] = scale[min(max(round(place), 0), len(scale) - 1)]
             else:
                 ahead = _quality(self.config.name, data["A"]) - _quality(self.config.name, data["B"])
-                answer[name] = "tie" if abs(ahead) < 0.1 else "A" if ahead > 0 else "B"
+                grade = 0 if abs(ahead) < 0.1 else 1 if abs(ahead) < 1 or len(scale) == 3 else 2
+                answer[name] = _GRADED[len(scale)][grade if ahead > 0 else -grade]
         words = sum(len(message["content"].split()) for message in request.messages)
         return Reply(json.dumps(answer), words, 2 * len(answer))
 

@@ -1,4 +1,4 @@
-"""Win rate of one policy over another, from rewards of both on the same prompts.
+"""Win rate of one policy over another, from rewards of both on the same prompts, or from points of single meetings.
 
 Per prompt, every sample of the policy meets every sample of the reference: a higher reward is a win, a tie counts 1/2.
 The win rate is the mean over prompts; prompts are independent, samples of one prompt are not, so the standard error is
@@ -26,19 +26,29 @@ class WinRate:
 
 def win_rate(policy: Floats, reference: Floats) -> WinRate:
     """policy, reference: rewards [prompts, samples], NaN where there is none; a prompt without both is left out."""
-    wins = points(policy, reference)
+    return mean_points(meetings(policy, reference))
+
+
+def meetings(policy: Floats, reference: Floats) -> Floats:
+    """The policy's points of every sample against every sample, [prompts, samples of the one * of the other]: 1, 1/2
+    or 0, NaN where one has no reward."""
+    difference = policy[:, :, None] - reference[:, None, :]
+    won = np.where(np.isfinite(difference), 0.5 + 0.5 * np.sign(difference), np.nan)
+    return won.reshape(len(won), -1)
+
+
+def points(meetings: Floats) -> Floats:
+    """Per prompt the share of the points that the policy gets, [prompts]; NaN where there was no meeting."""
+    known = np.isfinite(meetings)
+    met = known.sum(axis=1)
+    return np.where(met > 0, np.where(known, meetings, 0.0).sum(axis=1) / np.maximum(met, 1), np.nan)
+
+
+def mean_points(meetings: Floats) -> WinRate:
+    """meetings: points [prompts, meetings] in [0, 1], NaN where there was none; a prompt without any is left out."""
+    wins = points(meetings)
     wins = wins[np.isfinite(wins)]
     if not len(wins):
         return WinRate(float("nan"), float("nan"), 0)
     error = float(wins.std(ddof=1) / np.sqrt(len(wins))) if len(wins) > 1 else float("nan")
     return WinRate(float(wins.mean()), error, len(wins))
-
-
-def points(policy: Floats, reference: Floats) -> Floats:
-    """Per prompt the share of meetings that the policy wins; NaN where there is none."""
-    difference = policy[:, :, None] - reference[:, None, :]
-    known = np.isfinite(difference)
-    won = np.where(difference > 0, 1.0, np.where(difference == 0, 0.5, 0.0))
-    meetings = known.sum(axis=(1, 2))
-    sums = np.where(known, won, 0.0).sum(axis=(1, 2))
-    return np.where(meetings > 0, sums / np.maximum(meetings, 1), np.nan)
