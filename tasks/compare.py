@@ -235,6 +235,12 @@ def _warnings(config: ExperimentConfig, arms: list[dict[str, Any]], rewards: Rew
             )
         )
     sizes = {str(Arm(arm["subset"], arm["objective"])): arm["pairs"] for arm in arms}
+    fixed = {str(cell.arm) for cell in config.cells() if config.training(cell, "cell", cell.arm.subset).train.by_margin}
+    if fixed and len(config.seeds) > 1:
+        found.append(
+            f"{', '.join(sorted(fixed))}: the order of the pairs is by margin, so all seeds give one policy, and "
+            "how much such trainings differ by chance is not in the intervals."
+        )
     for arm in arms:
         name = str(Arm(arm["subset"], arm["objective"]))
         if arm["against"] and not math.isclose(arm["pairs"], sizes[arm["against"]], rel_tol=0.02):
