@@ -98,7 +98,12 @@ def train_cells(config: ExperimentConfig, subsets: dict[str, str], store: Store,
 
 
 def room(ray: Any, config: ExperimentConfig) -> int:
-    """How many trainings the cluster has room for. Ray started here counts more CPUs than there are: not for these."""
+    """How many trainings the cluster has room for; one that takes several workers is alone.
+
+    Ray started here counts more CPUs than there are: not for these.
+    """
+    if config.policy.workers > 1:
+        return 1
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = os.cpu_count() or 1 if config.ray_address == "local" else math.inf
     return max(1, sum(_fitting(config.policy, min(node.get("CPU", 0), cores), node.get("GPU", 0)) for node in nodes))

@@ -29,7 +29,10 @@ SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(@[0
 
 class ObjectiveConfig(Section):
     name: Name = Field("dpo", description="Your name for it, used by arms and in the report.")
-    train: dict[str, Any] = Field({}, description="What is other than in `train`, such as objective and beta.")
+    train: dict[str, Any] = Field(
+        {},
+        description="What is other than in `train`: another objective takes its own beta and options, not those there.",
+    )
 
 
 class ArmConfig(Section):
@@ -211,10 +214,11 @@ class ExperimentConfig(RunConfig):
         return self.evaluate.generate.model_copy(update={"generators": [reference, *made]})
 
     def _training(self, objective: ObjectiveConfig, seed: int) -> TrainingConfig:
-        # What was not said is left to the objective, which may have defaults of its own.
-        return TrainingConfig.model_validate(
-            {**self.train.model_dump(exclude_unset=True), **objective.train, "seed": seed}
-        )
+        # What was not said is left to the objective, whose defaults differ; another one's scale of beta means nothing.
+        base = self.train.model_dump(exclude_unset=True)
+        if objective.train.get("objective", self.train.objective) != self.train.objective:
+            base = {key: value for key, value in base.items() if key not in ("beta", "options")}
+        return TrainingConfig.model_validate({**base, **objective.train, "seed": seed})
 
     def _matching(self, chosen: list[ArmConfig]) -> list[Arm]:
         return [

@@ -92,6 +92,15 @@ def test_the_grid_is_every_subset_by_every_objective_unless_arms_say_otherwise()
     assert whole.training(cell, "x", "top@12345678").train.seed == 1
 
 
+def test_another_objective_takes_its_own_beta_and_options() -> None:
+    """Scales of beta differ between objectives: that of one means nothing to another."""
+    arms = [{"name": "dpo"}, {"name": "simpo", "train": {"objective": "simpo"}}]
+    mixed = config(objectives=arms, train={**TRAIN, "beta": 0.3, "options": {"label_smoothing": 0.1}}, seeds=1)
+    dpo, simpo, *_ = [mixed.training(cell, "x", "top@12345678").train for cell in mixed.cells()]
+    assert (dpo.settings.beta, dpo.options, dpo.max_steps) == (0.3, {"label_smoothing": 0.1}, 3)
+    assert (simpo.beta, simpo.options, simpo.max_steps) == (None, {}, 3)
+
+
 @pytest.mark.parametrize(
     ("subset", "subsets", "control"),
     [
