@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.cluster import check_room, connect, reraise
+from tasks import models
+from tasks.cluster import check_room, connect, fitting, reraise
 from tasks.config import PolicyConfig, TrainConfig
 from tasks.errors import ConfigError, RunError, Unreachable
 from tasks.experiments import Cell, ExperimentConfig
@@ -82,6 +83,8 @@ def trainings(
 def train_cells(config: ExperimentConfig, subsets: dict[str, str], store: Store, report: Report = silent) -> Policies:
     """The policy of every cell; those that are missing are trained."""
     started = time.monotonic()
+    policy = models.pinned("policy.model", config.policy, store)  # once: its latest may move while cells are trained
+    config = config.model_copy(update={"policy": policy})
     wanted = trainings(config, subsets, store)
     known = {cell: version for cell, one in wanted.items() if (version := find_training(one, store))}
     missing = {cell: one for cell, one in wanted.items() if cell not in known}
@@ -106,12 +109,7 @@ def room(ray: Any, config: ExperimentConfig) -> int:
         return 1
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = os.cpu_count() or 1 if config.ray_address == "local" else math.inf
-    return max(1, sum(_fitting(config.policy, min(node.get("CPU", 0), cores), node.get("GPU", 0)) for node in nodes))
-
-
-def _fitting(policy: PolicyConfig, cpus: float, gpus: float) -> int:
-    limits = [have / need for have, need in ((cpus, policy.cpus), (gpus, policy.gpus)) if need]
-    return int(min(limits, default=1))
+    return max(1, sum(fitting(config.policy, {**node, "CPU": min(node.get("CPU", 0), cores)}) for node in nodes))
 
 
 @dataclass
@@ -127,7 +125,7 @@ class _Series:
 
     def run(self, missing: dict[Cell, TrainConfig]) -> dict[Cell, str]:
         waiting, made = deque(missing.items()), {}
-        failed: dict[Cell, RunError] = {}
+        failed: dict[Cell, ConfigError | RunError] = {}
         try:
             while waiting or self.running:
                 while waiting and len(self.running) < self.at_once:
@@ -139,8 +137,6 @@ class _Series:
                             version, seconds = self.ray.get(done)
                     except (ConfigError, RunError) as error:
                         self.ray.kill(actor)  # whatever is wrong with it, the next cell gets a fresh one
-                        if isinstance(error, ConfigError):
-                            raise
                         failed[cell] = error
                     else:
                         self.idle.append(actor)

@@ -21,6 +21,7 @@ from tasks.score import files_to_rate, missing_rewards
 from tasks.sections import GeneratorConfig, ImportConfig, ScorerConfig
 from tasks.sources import find_source
 from tasks.store import Store
+from tasks.training import TrainingConfig, check_columns
 from tasks.versions import find_version
 
 Evaluated = CurateConfig | EvaluateConfig | HeldOutConfig
@@ -48,7 +49,10 @@ def _experiment(config: ExperimentConfig, store: Store) -> Iterator[Check]:
     published = [name for subset in curate.subset for name in subset.names()] if curate else []
     for subset in config.subsets:
         if subset not in published:
-            yield f"subset {subset}", lambda subset=subset: str(find_version(store, subset))  # type: ignore[misc]
+            trains = [
+                config.training(cell, "cell", subset).train for cell in config.cells() if cell.arm.subset == subset
+            ]
+            yield f"subset {subset}", lambda subset=subset, trains=trains: _subset(subset, trains, store)  # type: ignore[misc]
     yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
     if curate:
         yield from _named(curate, store)
@@ -63,7 +67,7 @@ def _experiment(config: ExperimentConfig, store: Store) -> Iterator[Check]:
 def _named(config: RunConfig, store: Store) -> Iterator[Check]:
     """What the other flows name."""
     if isinstance(config, TrainConfig):
-        yield f"subset {config.subset}", lambda: str(find_version(store, config.subset))
+        yield f"subset {config.subset}", lambda: _subset(config.subset, [config.train], store)
         yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
     if isinstance(config, CurateConfig) and config.import_:
         source = config.import_
@@ -80,6 +84,15 @@ def _named(config: RunConfig, store: Store) -> Iterator[Check]:
             tasks_of = config.harness
             yield f"harness {', '.join(tasks_of.tasks)}", lambda: harness_found(tasks_of)
         yield "models and functions", lambda: _distinct(config, store)
+
+
+def _subset(name: str, trainings: list[TrainingConfig], store: Store) -> str:
+    """The version that is meant, when it has the columns that its trainings go by."""
+    version = find_version(store, name)
+    for file in store.list(f"{version.place}/data")[:1]:
+        for train in trainings:
+            check_columns(train, str(version), store.columns(file))
+    return str(version)
 
 
 def _understood(config: ImportConfig) -> str:

@@ -236,12 +236,24 @@ class _Actor:
 def check_room(ray: Any, config: ModelConfig | PolicyConfig) -> None:
     """A request that no node of the cluster can ever fulfil would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(fitting(config, node) for node in nodes) if isinstance(config, PolicyConfig) else 0
+    if isinstance(config, PolicyConfig) and config.workers > max(1, room):
+        raise ConfigError(
+            f"policy.workers: the Ray cluster has room for {room} of {config.workers} workers with {config.cpus:g} "
+            f"CPUs and {config.gpus:g} GPUs each; lower workers, or join a larger cluster with ray_address"
+        )
     if not any(node.get("GPU", 0) >= config.gpus and node.get("CPU", 0) >= config.cpus for node in nodes):
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise ConfigError(
             f"cpus: {config.cpus:g}, gpus: {config.gpus:g}: no node of the Ray cluster has both ({have}); lower them, "
             "or join a larger cluster with ray_address"
         )
+
+
+def fitting(policy: PolicyConfig, node: dict[str, float]) -> int:
+    """How many trainings, or workers of one, a node has room for. node: its resources, as Ray names them."""
+    limits = [node.get(kind, 0) / need for kind, need in (("CPU", policy.cpus), ("GPU", policy.gpus)) if need]
+    return int(min(limits, default=1))
 
 
 @contextlib.contextmanager

@@ -235,7 +235,8 @@ def _warnings(config: ExperimentConfig, arms: list[dict[str, Any]], rewards: Rew
             )
         )
     sizes = {str(Arm(arm["subset"], arm["objective"])): arm["pairs"] for arm in arms}
-    fixed = {str(cell.arm) for cell in config.cells() if config.training(cell, "cell", cell.arm.subset).train.by_margin}
+    settings = {str(cell.arm): config.training(cell, "cell", cell.arm.subset).train for cell in config.cells()}
+    fixed = {arm for arm, train in settings.items() if train.by_margin and not train.lora}
     if fixed and len(config.seeds) > 1:
         found.append(
             f"{', '.join(sorted(fixed))}: the order of the pairs is by margin, so all seeds give one policy, and "

@@ -24,7 +24,7 @@ from tasks.sections import (
     Section,
     unique,
 )
-from tasks.training import PolicyConfig, TrainingConfig
+from tasks.training import PolicyConfig, TrainingConfig, micro_batch
 
 DEFAULT_STORE = ".prefsieve/store"
 PAIR_SCORE = "score"  # what the scores of imported pairs are called
@@ -317,6 +317,11 @@ class TrainConfig(RunConfig):
     )
     policy: PolicyConfig
     train: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _shared_batches(self) -> TrainConfig:
+        micro_batch(self.train, self.policy)
+        return self
 
 
 class CompareConfig(Section):

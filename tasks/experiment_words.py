@@ -32,7 +32,7 @@ def sentence(arm: dict[str, Any], alpha: float) -> str:
         return "what others are compared with"
     bounds = f"{_signed(found['low'])} to {_signed(found['high'])}"
     words = f"{arm['verdict']}, {_signed(found['mean'])} against {arm['against']}"
-    return f"{words}, interval {bounds} at {_percent(1 - found['level'])} ({_percent(1 - alpha)} for all together)"
+    return f"{words}, interval {bounds} at {_percent(1 - found['level'])}"
 
 
 def method(result: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ In a training of several processes each runs this; the first of them, rank 0, wr
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from tasks.records import SCHEMA_VERSION, Counts, digest
 from tasks.store import Store, to_json
 from tasks.versions import fetch_version, find_version, publish_folder, read_manifest, remember_build
 
-_KEPT = 2  # checkpoints of a training, the last ones; an optimizer's state is larger than its model
+_KEPT = 2  # checkpoints of a training that goes on, the last ones; an optimizer's state is larger than its model
 
 Note = Callable[[int, int, float], Any]  # step, steps in all, loss
 
@@ -36,8 +37,8 @@ class Job:
         self.earlier: list[str] = []  # checkpoints of attempts before this one
         self.began_at = 0  # the step that this attempt went on from
 
-    def run(self, note: Note) -> None:
-        """Train and publish."""
+    def run(self, note: Note, checkpoint: str | None = None) -> None:
+        """Train and publish. checkpoint: the one to go on from, or "" for none; by default the last one."""
         with tempfile.TemporaryDirectory() as folder:
             room = Path(folder)
             data = fetch_version(self.store, self.subset, "data/", room / "data")
@@ -48,7 +49,7 @@ class Job:
                 model=models.local(self.config.policy.model, self.store),
                 data=data,
                 work=room,
-                checkpoint=self._last_checkpoint(room),
+                checkpoint=self._last_checkpoint(room) if checkpoint is None else self._fetched(checkpoint, room),
                 helpers=tuple(models.local(f"{models.POLICY}{helper}", self.store) for helper in self.helpers),
             )
 
@@ -71,6 +72,7 @@ class Job:
         (folder / "README.md").write_text(_card(content), encoding="utf-8")
         version = publish_folder(self.store, "policies", self.config.name, folder, content)
         remember_build(self.store, version, self.inputs)
+        self._forget()
 
     def _content(self, counts: Counts) -> dict[str, Any]:
         config = self.config
@@ -153,16 +155,29 @@ class Job:
         """The last one that can be fetched whole: another attempt may just be removing the older ones."""
         self.earlier = self._complete()
         for complete in reversed(self.earlier):
-            place = complete.rpartition("/")[0]
-            target = room / "resume" / place.rpartition("/")[2]
-            try:
-                for file in self.store.read_json(complete)["files"]:
-                    self.store.fetch(f"{place}/{file}", target / file)
-            except FileNotFoundError:
-                continue
-            self.began_at = _step(complete)
-            return target
+            with contextlib.suppress(FileNotFoundError):
+                return self._fetched(complete, room)
         return None
+
+    def _fetched(self, complete: str, room: Path) -> Path | None:
+        if not complete:
+            return None
+        place = complete.rpartition("/")[0]
+        target = room / "resume" / place.rpartition("/")[2]
+        for file in self.store.read_json(complete)["files"]:
+            self.store.fetch(f"{place}/{file}", target / file)
+        self.began_at = _step(complete)
+        return target
+
+    def _forget(self) -> None:
+        """Optimizers' states of a policy that is published serve nobody."""
+        for complete in self._complete():
+            self.store.remove(complete)
+        self.store.remove(self._checkpoints)
+
+    def last_complete(self) -> str:
+        """The last checkpoint; empty when there is none."""
+        return next(reversed(self._complete()), "")
 
     def _complete(self) -> list[str]:
         """complete.json of every checkpoint that is whole, in the order of their steps."""

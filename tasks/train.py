@@ -22,7 +22,7 @@ from tasks.job import Job
 from tasks.progress import Meter, Report, silent
 from tasks.records import SCHEMA_VERSION, Version, Work, digest
 from tasks.store import Store
-from tasks.training import TrainingConfig
+from tasks.training import TrainingConfig, micro_batch
 from tasks.versions import find_build, find_version
 
 _POLL = 1.0  # seconds
@@ -67,8 +67,8 @@ def _follow(ray: Any, worker: Any, config: TrainConfig, report: Report) -> str:
         if finished:
             version: str = ray.get(done)[0]
         step, steps, loss = ray.get(worker.progress.remote())
-        if steps and meter is None:
-            meter = Meter(report, "train", steps, "steps")
+        if steps and (meter is None or step < seen):  # a helper's training came before
+            meter, seen = Meter(report, "train", steps, "steps"), 0
         if meter and step > seen:
             meter.add(step - seen, f"loss {loss:.4f}")
             seen = step
@@ -96,13 +96,15 @@ def helpers_of(config: TrainConfig) -> list[TrainConfig]:
 
 def training_digest(config: TrainConfig, store: Store) -> str:
     """Of all that decides the weights: equal for equal trainings, under whatever name."""
-    facts = {
+    facts: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "stage": "train",
         "subset": str(find_version(store, config.subset)),
         "model": models.identity("policy.model", config.policy, store),
         "dtype": config.policy.dtype,
     }
+    if config.train.settings.by_batch:
+        facts["split"] = [config.policy.workers, micro_batch(config.train, config.policy)]
     return digest({**facts, **config.train.deciding()})
 
 
@@ -145,12 +147,17 @@ class TrainWorker:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         policy = config.policy
+        checkpoint = Job(config, inputs, self.store_url, helpers).last_complete()  # one for all
         each = {"CPU": policy.cpus, **({"GPU": policy.gpus} if policy.gpus else {})}
         board = ray.get_runtime_context().current_actor
         with tempfile.TemporaryDirectory() as room:
             TorchTrainer(
                 _share,
-                train_loop_config={"job": (config, inputs, self.store_url, helpers), "board": board},
+                train_loop_config={
+                    "job": (config, inputs, self.store_url, helpers),
+                    "checkpoint": checkpoint,
+                    "board": board,
+                },
                 torch_config=TorchConfig(backend="nccl" if policy.gpus else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=policy.workers, use_gpu=policy.gpus > 0, resources_per_worker=each
@@ -165,7 +172,7 @@ def _share(given: dict[str, Any]) -> None:
 
     config, inputs, store_url, helpers = given["job"]
     job = Job(config, inputs, store_url, helpers, rank=get_context().get_world_rank())
-    job.run(lambda *state: given["board"].note.remote(*state))
+    job.run(lambda *state: given["board"].note.remote(*state), given["checkpoint"])
 
 
 def _tidy() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from tasks.errors import ConfigError
 from tasks.objectives.settings import SETTINGS, Objective
 from tasks.sections import Section
+
+TEXTS = ("prompt", "chosen", "rejected")  # of a published subset
 
 
 def _objective(name: str) -> str:
@@ -76,6 +80,12 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _order_of_pairs(self) -> TrainingConfig:
+        if self.order == "margin" and self.settings.unpaired:
+            raise ValueError(f"order: margin is for pairs; {self.objective} takes single completions, shuffled")
+        return self
+
+    @model_validator(mode="after")
     def _micro_batches(self) -> TrainingConfig:
         if self.batch_size % min(self.micro_batch_size, self.batch_size):
             raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
@@ -89,6 +99,7 @@ class TrainingConfig(Section):
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the weights: not how often they are saved, nor what memory they are made in."""
         left_out = {"save_steps", "gradient_checkpointing", "report_to", "beta", "options", "order"}
+        left_out.add("epochs" if self.max_steps else "max_steps")
         order = "margin" if self.by_margin else "shuffled"
         return {**self.model_dump(exclude=left_out), "order": order, "settings": self.settings.model_dump()}
 
@@ -96,8 +107,37 @@ class TrainingConfig(Section):
 class PolicyConfig(Section):
     model: str = Field(description="Folder or hub name of the model to start from, or policy:NAME[@VERSION].")
     revision: str = Field("", description="Branch, tag or commit on the hub; empty for the default.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Numeric type of weights and training.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16 computes and publishes in it; the weights that are trained stay float32."
+    )
     trust_remote_code: bool = Field(False, description="Run code that ships with the model. Only if you trust it.")
     workers: int = Field(1, ge=1, description="Training processes that share each batch, on one or more nodes.")
     cpus: float = Field(1, ge=0, description="CPUs that Ray reserves for each of them.")
     gpus: float = Field(0, ge=0, le=1, description="GPUs that Ray reserves for each of them.")
+
+
+def micro_batch(train: TrainingConfig, policy: PolicyConfig) -> int:
+    """Pairs per forward pass of a worker: as configured, or what its share of a batch is, if that is less.
+
+    Raises ValueError where the workers cannot share a batch evenly.
+    """
+    share, rest = divmod(train.batch_size, policy.workers)
+    micro = min(train.micro_batch_size, share)
+    if rest or share % max(1, micro):
+        raise ValueError(
+            f"policy.workers {policy.workers} and train.micro_batch_size {train.micro_batch_size} do not share a "
+            f"batch_size of {train.batch_size} evenly; workers x micro_batch_size must divide it"
+        )
+    return micro
+
+
+def check_columns(train: TrainingConfig, subset: str, columns: Sequence[str]) -> list[str]:
+    """The columns that a training goes by; ConfigError where the subset has not all of them."""
+    needs = list(dict.fromkeys([*train.settings.needs, *(["margin"] if train.by_margin else [])]))
+    missing = [name for name in needs if name not in columns]
+    if missing:
+        raise ConfigError(
+            f"objective {train.objective!r} needs the column {missing[0]!r}, and {subset} has none; it has: "
+            f"{', '.join(name for name in columns if name not in TEXTS)}"
+        )
+    return needs

@@ -13,7 +13,7 @@ from tasks.errors import ConfigError, RunError
 from tasks.job import Job
 from tasks.models import fetch_policy
 from tasks.store import Store
-from tasks.train import train
+from tasks.train import train, training_digest
 from tasks.versions import damage, find_version, read_manifest
 from tests.conftest import Curated, TinyModels, copy_store
 
@@ -62,7 +62,7 @@ def test_a_policy_names_its_data_and_model_and_can_be_verified_and_loaded(traine
     assert damage(store, version) == []
     AutoModelForCausalLM.from_pretrained(fetch_policy(store, str(version)))
     files = store.list(f"policies/{config.name}")
-    assert not [file for file in files if file.endswith((".bin", ".pkl", ".pickle"))]
+    assert not [file for file in files if file.endswith((".bin", ".pkl", ".pickle", ".pt", ".pth"))]
 
 
 def test_training_again_does_no_work(trained: Any) -> None:
@@ -73,26 +73,34 @@ def test_training_again_does_no_work(trained: Any) -> None:
     assert store.list("policies") == before
 
 
+def interrupted(config: TrainConfig, store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store in which the training came to its end, and everything after its checkpoints was lost."""
+    cut = copy_store(store, folder)
+    shutil.rmtree(Path(cut.url) / "policies" / config.name)
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "_publish", lambda *_: None)
+        Job(config, training_digest(config, cut), cut.url).run(lambda *_: None)
+    return cut
+
+
 def test_a_job_that_lost_its_end_goes_on_from_the_last_checkpoint_to_the_same_version(
-    trained: Any, tmp_path: Path
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, store, version = trained
-    cut = copy_store(store, tmp_path / "store")
-    tuned = Path(cut.url) / "policies" / config.name
-    for lost in (version.version, "builds"):
-        shutil.rmtree(tuned / lost)
-    (attempt,) = (tuned / "checkpoints").glob("*/*")
+    cut = interrupted(config, store, tmp_path / "store", monkeypatch)
+    (attempt,) = (Path(cut.url) / "policies" / config.name / "checkpoints").glob("*/*")
     assert sorted(folder.name for folder in attempt.iterdir()) == ["checkpoint-4", "checkpoint-6"]
     shutil.rmtree(attempt / "checkpoint-6")
     resumed = train(config.model_copy(update={"store": cut.url}), cut)
-    (second,) = [folder for folder in attempt.parent.iterdir() if folder != attempt]
-    assert [folder.name for folder in second.iterdir()] == ["checkpoint-6"]
     assert str(resumed) == str(version)
+    assert not cut.list(f"policies/{config.name}/checkpoints")
 
 
-def test_a_checkpoint_that_was_not_finished_is_not_used(trained: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_not_finished_is_not_used(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, store, _ = trained
-    cut = copy_store(store, tmp_path / "store")
+    cut = interrupted(config, store, tmp_path / "store", monkeypatch)
     (attempt,) = (Path(cut.url) / "policies" / config.name / "checkpoints").glob("*/*")
     (attempt / "checkpoint-6" / "complete.json").unlink()
     worker = Job(config, attempt.parent.name, cut.url)

@@ -46,6 +46,11 @@ class Objective(Section):
         """TRL's own loss of this objective, by its name there; empty where it has none."""
         return ""
 
+    @property
+    def by_batch(self) -> bool:
+        """Whether a loss depends on what else stands in a forward pass, and so on how a batch is split."""
+        return False
+
 
 class WithMargin(Objective):
     margin: MarginName = Field("margin", description="Column to go by: margin, or the NAME of another scorer.")
@@ -97,6 +102,10 @@ class Kto(Objective):
     def trl(self) -> str:
         return "kto"
 
+    @property
+    def by_batch(self) -> bool:
+        return True
+
 
 class Sft(Objective):
     reference: ClassVar[Reference] = "none"
@@ -109,6 +118,10 @@ class Sft(Objective):
     @property
     def trl(self) -> str:
         return "sft" if self.average == "tokens" else ""
+
+    @property
+    def by_batch(self) -> bool:
+        return self.average == "tokens"
 
 
 class Mixdpo(Objective):
@@ -128,6 +141,10 @@ class Amapo(Objective):
     reference: ClassVar[Reference] = "none"
 
     beta: float = Field(2.0, gt=0, description="Of mean log-probabilities, 2 to 3.")
+
+    @property
+    def by_batch(self) -> bool:
+        return True
 
 
 class Madpo(WithMargin):

@@ -10,10 +10,9 @@ from datasets import Dataset, load_dataset
 from numpy.typing import NDArray
 
 from tasks.config import TrainConfig
-from tasks.errors import ConfigError, RunError
+from tasks.errors import RunError
 from tasks.records import Counts
-
-_TEXTS = ["prompt", "chosen", "rejected"]
+from tasks.training import TEXTS, check_columns
 
 
 def load_pairs(config: TrainConfig, data: Path, tokenizer: Any, cache: Path) -> tuple[Dataset, Counts]:
@@ -25,14 +24,8 @@ def load_pairs(config: TrainConfig, data: Path, tokenizer: Any, cache: Path) -> 
     files = sorted(str(file) for file in data.glob("*.parquet"))
     pairs = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
     settings = config.train.settings
-    needs = [*settings.needs, *(["margin"] if config.train.by_margin else [])]
-    missing = [name for name in needs if name not in pairs.column_names]
-    if missing:
-        raise ConfigError(
-            f"objective {config.train.objective!r} needs the column {missing[0]!r}, and {config.subset} has none; it "
-            f"has: {', '.join(name for name in pairs.column_names if name not in _TEXTS)}"
-        )
-    pairs = pairs.select_columns([*_TEXTS, *dict.fromkeys(needs)])
+    needs = check_columns(config.train, config.subset, pairs.column_names)
+    pairs = pairs.select_columns([*TEXTS, *needs])
     if getattr(settings, "swapped", False):
         pairs = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
     max_length = config.train.max_length

@@ -6,7 +6,7 @@ reference's log-probabilities are there; a collator takes it along, and `_comput
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,14 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from trl import DPOTrainer
 
 from tasks.config import TrainConfig
+from tasks.errors import RunError
 from tasks.objectives import module
 from tasks.objectives.batch import PairBatch, Side
+from tasks.objectives.numbers import column as column_of
 from tasks.trainers.data import numbers
 
 SUMS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names
@@ -47,8 +50,8 @@ class Kept:
 
 
 class PairTrainer(DPOTrainer):
-    def __init__(self, config: TrainConfig, kept: Kept, helpers: list[Any], **arguments: Any) -> None:
-        """helpers: models whose log-probabilities weigh the tokens."""
+    def __init__(self, config: TrainConfig, kept: Kept, helpers: Sequence[Callable[[], Any]], **arguments: Any) -> None:
+        """helpers: load the models whose log-probabilities weigh the tokens."""
         self.config, self.kept, self.helpers = config, kept, helpers
         self.settings = config.train.settings
         self.objective: Any = module(config.train.objective)
@@ -60,7 +63,8 @@ class PairTrainer(DPOTrainer):
         """With the columns that the loss needs, in the order of training. TRL calls it with tokenised pairs."""
         made = dict.fromkeys(SUMS, [0.0] * len(dataset))
         if self.settings.reference != "none":
-            made = self.kept.columns("sums", lambda: self._sums(dataset, name, batch_size), self._main)
+            made = self.kept.columns("sums", lambda: self._sums(dataset, batch_size), self._main)
+            self._agree(dataset.select(range(min(batch_size, len(dataset)))), made)
         if self.settings.reference == "tokens":
             made |= self.kept.columns("tokens", lambda: self._tokens(dataset, batch_size), self._main)
         if hasattr(self.objective, "columns"):
@@ -68,7 +72,8 @@ class PairTrainer(DPOTrainer):
         for column, values in made.items():
             dataset = dataset.add_column(column, values)
         if self.config.train.by_margin:
-            dataset = dataset.select(np.argsort(-numbers(dataset, ["margin"])["margin"], kind="stable"))
+            margin = column_of(numbers(dataset, ["margin"]), "margin")
+            dataset = dataset.select(np.argsort(-margin, kind="stable"))
         self.data_collator: Any = _Collator(self.data_collator, list(made))
         return dataset
 
@@ -76,14 +81,27 @@ class PairTrainer(DPOTrainer):
     def _main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def _sums(self, dataset: Dataset, name: str, batch_size: int) -> Columns:
-        scored = super()._precompute_ref_logps(dataset, name, batch_size)
-        return {column: scored[column][:] for column in SUMS}
+    def _sums(self, dataset: Dataset, batch_size: int) -> Columns:
+        return scored(self, dataset, batch_size, SUMS)
+
+    def _agree(self, first: Dataset, made: Columns) -> None:
+        """Kept log-probabilities must be those of this model, or every objective would train on noise."""
+        again = scored(self, first, len(first), SUMS)
+        near = 0.05 if self.args.bf16 else 0.001
+        for column in SUMS:
+            for kept, found in zip(made[column], again[column], strict=False):
+                if abs(kept - found) > near * max(1.0, abs(found)) + 0.01:
+                    raise RunError(
+                        f"train: the reference gives a response a log-probability of {found:.4f}, kept is {kept:.4f}: "
+                        "policy and reference differ; remove what the store keeps under references/"
+                    )
 
     def _tokens(self, dataset: Dataset, batch_size: int) -> Columns:
         """By token: the reference's log-probabilities, and weights by those of the helper models."""
         reference = self._by_token(self.model, dataset, batch_size)
-        helpers = [self._by_token(model.to(self.accelerator.device), dataset, batch_size) for model in self.helpers]
+        helpers = [
+            self._by_token(load().eval().to(self.accelerator.device), dataset, batch_size) for load in self.helpers
+        ]
         made: Columns = {}
         for side in ("chosen", "rejected"):
             made[f"{side}_reference_tokens"] = reference[side]
@@ -147,9 +165,11 @@ class PairTrainer(DPOTrainer):
         return loss
 
     def _log_batch(self, model: Any, batch: PairBatch, inputs: dict[str, Tensor]) -> None:
-        """TRL's metrics, those that go by the responses' log-probabilities."""
+        """TRL's metrics, those that go by the responses' log-probabilities; without a reference, rewards are means."""
         mode = "train" if model.training else "eval"
-        chosen, rejected = self.beta * batch.chosen.ratio.detach(), self.beta * batch.rejected.ratio.detach()
+        alone = self.settings.reference == "none"
+        rewards = (side.mean if alone else side.ratio for side in (batch.chosen, batch.rejected))
+        chosen, rejected = (self.beta * reward.detach() for reward in rewards)
         found = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
@@ -164,6 +184,21 @@ class PairTrainer(DPOTrainer):
         tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
         self._total_train_tokens += tokens if mode == "train" else 0
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def scored(trainer: Any, dataset: Dataset, batch_size: int, names: Sequence[str]) -> Columns:
+    """What the trainer's `compute_ref_log_probs` gives for every row; all processes share the work and get all of it.
+
+    TRL's own loop hands results on through a file that all processes must reach.
+    """
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=trainer.data_collator, shuffle=False)
+    made: Columns = {name: [] for name in names}
+    for batch in trainer.accelerator.prepare(loader):
+        found = trainer.compute_ref_log_probs(trainer.model, batch)
+        gathered = trainer.accelerator.gather_for_metrics(tuple(found))
+        for name, values in zip(names, gathered, strict=True):
+            made[name] += values.float().cpu().tolist()
+    return made
 
 
 class _Collator:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, KTOConfig
 
 from tasks.config import TrainConfig
-from tasks.errors import RunError
+from tasks.errors import ConfigError, RunError
 from tasks.objectives import kto
 from tasks.objectives.settings import Kto
 from tasks.records import Counts
 from tasks.trainers.data import load_pairs, unpaired
 from tasks.trainers.pairs import Kept, PairTrainer
+from tasks.trainers.unpaired import UnpairedTrainer
+from tasks.training import micro_batch
 
 _LN2 = {"dpo", "dpo_norm", "gdpo", "dadpo", "tisdpo"}  # the loss where policy and reference are equal
 _CLOSE = 0.02
@@ -63,21 +67,25 @@ def run(config: TrainConfig, files: Files, kept: Kept, hooks: Hooks) -> Counts:
     trainer.train(resume_from_checkpoint=str(files.checkpoint) if files.checkpoint else None)
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model = model.merge_and_unload() if config.train.lora else model
-        model.save_pretrained(files.work / "model")
+        if config.train.lora:
+            model = model.float().merge_and_unload()  # in a narrower type, small changes would be rounded away
+        model.to(getattr(torch, config.policy.dtype)).save_pretrained(files.work / "model")
         tokenizer.save_pretrained(files.work / "model")
         steps = [_lasting(entry) for entry in trainer.state.log_history if "loss" in entry]
         lines = "".join(json.dumps(step, sort_keys=True) + "\n" for step in steps)
         (files.work / "metrics.jsonl").write_text(lines)
     trainer.accelerator.wait_for_everyone()
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()  # or a process that trains on would write into the same run
     return counts
 
 
 def _trainer(
     config: TrainConfig, files: Files, kept: Kept, hooks: Hooks, pairs: Dataset, tokenizer: Any
-) -> DPOTrainer | KTOTrainer:
+) -> PairTrainer | UnpairedTrainer:
+    # What is trained is float32: in bfloat16 most weights do not take a step of 1e-6. Adapters are so by themselves.
     common: dict[str, Any] = {
-        "model": _load(config, files.model),
+        "model": _load(config, files.model, config.policy.dtype if config.train.lora else "float32"),
         "peft_config": _adapters(config),
         "processing_class": tokenizer,
         "callbacks": [_Follow(config, hooks)],
@@ -86,7 +94,7 @@ def _trainer(
     if isinstance(settings, Kto):
         rows = unpaired(pairs, config.train.seed)
         desirable, undesirable = kto.weights(sum(rows["label"]), len(rows) - sum(rows["label"]), settings)
-        return KTOTrainer(
+        return UnpairedTrainer(
             args=KTOConfig(
                 **_arguments(config, files, len(pairs), per_pair=2),
                 beta=settings.beta,
@@ -102,16 +110,16 @@ def _trainer(
         loss_type=[settings.trl or "sigmoid"],
         train_sampling_strategy="sequential" if config.train.by_margin else "random",
     )
-    helpers = [_load(config, model).eval() for model in files.helpers]
+    helpers = [partial(_load, config, model, config.policy.dtype) for model in files.helpers]
     return PairTrainer(config, kept, helpers, args=arguments, train_dataset=pairs, **common)
 
 
-def _load(config: TrainConfig, model: str) -> Any:
+def _load(config: TrainConfig, model: str, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         model,
         revision=config.policy.revision or None,
         trust_remote_code=config.policy.trust_remote_code,
-        dtype=config.policy.dtype,
+        dtype=dtype,
     )
 
 
@@ -139,9 +147,11 @@ def _lasting(entry: dict[str, float]) -> dict[str, float]:
 def _arguments(config: TrainConfig, files: Files, pairs: int, per_pair: int = 1) -> dict[str, Any]:
     """per_pair: rows of a batch that stand for one of the configuration's pairs."""
     train, workers = config.train, config.policy.workers
-    micro = min(train.micro_batch_size, train.batch_size // workers)
+    micro = micro_batch(train, config.policy)
     steps = train.max_steps or max(1, math.ceil(train.epochs * pairs / train.batch_size))
-    on_gpu = torch.cuda.is_available() and config.policy.gpus > 0
+    on_gpu = config.policy.gpus > 0
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError("policy.gpus: PyTorch sees no GPU here; install its CUDA build, or set gpus: 0")
     return {
         "output_dir": str(files.work / "checkpoints"),
         "learning_rate": train.learning_rate,
@@ -154,6 +164,7 @@ def _arguments(config: TrainConfig, files: Files, pairs: int, per_pair: int = 1)
         "gradient_checkpointing": train.gradient_checkpointing,
         "bf16": config.policy.dtype == "bfloat16",
         "use_cpu": not on_gpu,
+        "disable_dropout": not (train.lora and train.lora.dropout),
         "dataloader_pin_memory": on_gpu,
         "precompute_ref_log_probs": True,
         "seed": train.seed,
@@ -163,6 +174,7 @@ def _arguments(config: TrainConfig, files: Files, pairs: int, per_pair: int = 1)
         "save_steps": train.save_steps or max(1, math.ceil(steps / 10)),
         "save_total_limit": 2,
         "report_to": train.report_to or "none",
+        "run_name": config.name,
         "disable_tqdm": True,
     }
 
