@@ -31,7 +31,7 @@ from tasks.judge import ENDPOINT, JUDGE, Duel, Judge
 from tasks.progress import Meter, Report, silent
 from tasks.records import DUELS, Completions, Counts, Duels, Work
 from tasks.samples import Held, Ints, cover, existing, missing, rows_of, wanted_of
-from tasks.score import TooManyMissing, check_missing
+from tasks.score import TooManyMissing, check_missing, settled
 from tasks.sections import ScoreConfig, ScorerConfig
 from tasks.store import Store
 
@@ -76,7 +76,7 @@ def duel(
         engine_seconds = run_pools(pools, address)
         counts = _count(config, fingerprints, sides, shards, store)
     except TooManyMissing:
-        _forget(fingerprints, sides, shards, store)
+        settled(lambda: _forget(fingerprints, sides, shards, store))
         raise
     made = sum(map(len, todo.values()))
     work = Work(

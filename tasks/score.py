@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,8 @@ from tasks.sections import ScoreConfig, ScorerConfig
 from tasks.store import Store
 
 _RAISED = "function raised"
+
+_ENDING = 2.0  # seconds, of an actor
 
 Outcome = float | Rating | str  # a reward, a judge's with its dimensions, or why there is none
 
@@ -76,7 +78,7 @@ def score(
         engine_seconds = run_pools(pools, address)
         counts = _count(config, fingerprints, wanted, store)
     except TooManyMissing:
-        _forget(scorers, fingerprints, files, store)
+        settled(lambda: _forget(scorers, fingerprints, files, store))
         raise
     made = sum(map(len, missing.values()))
     work = Work(
@@ -185,6 +187,13 @@ def _path(scorer: ScorerConfig, fingerprint: str, item: dict[str, Any]) -> str:
     """A model sees a prompt's messages alone; a function also its source and fields, so it rates a shard's rows."""
     rated = item["shard"] if scorer.type == "function" else item["prompts"]
     return rewards_path(fingerprint, item["generator"], rated, Held(item["first"], item["last"], item.get("part", "")))
+
+
+def settled(forget: Callable[[], None]) -> None:
+    """Remove what must not stay; and once more, what an actor that was just told to end has written meanwhile."""
+    forget()
+    time.sleep(_ENDING)
+    forget()
 
 
 def _forget(
