@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 from benchmarks.machine import machine, measured
 from tasks.config import TrainConfig
 
-WAYS = ("trl", "mixdpo", "dpo", "reused", "in_memory")
+WAYS = ("trl", "mixdpo", "madpo", "dpo", "reused", "in_memory")
 WARM = 5
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 4096}
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "vocab_size": 32768}

@@ -61,6 +61,7 @@ def test_reference_log_probabilities_are_computed_once_and_shared(
         raise AssertionError("computed again")
 
     monkeypatch.setattr(PairTrainer, "_sums", refuse)
+    assert losses(store, run(config_of(tiny_models, store), store, inputs="same")) == losses(store, first)
     again = run(config_of(tiny_models, store, learning_rate=2e-3), store, inputs="faster")
     assert losses(store, again)[0] == losses(store, first)[0]
     assert losses(store, again)[-1] != losses(store, first)[-1]
