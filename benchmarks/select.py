@@ -12,8 +12,8 @@ ranked      by the same functions, but only PVar with its error of every prompt 
 vectorised  the least that any program must do: read the same rewards, and compute PVar of all prompts in one loop over
             vectorised NumPy
 all_columns the same, but reading every column that the stages read
-python      prompt by prompt in plain Python, what the stages compute of rewards; on 20,000 prompts, taken up to all
-numpy_by_prompt  PVar and its error, as `ranked` has them, by NumPy prompt by prompt; on 20,000, taken up to all
+python      what `ranked` does, prompt by prompt in plain Python; on one shard, taken up to all
+numpy_by_prompt  the same by NumPy expressions prompt by prompt; on one shard, taken up to all
 
 Prints seconds, peak memory and the ratios as JSON. Sizes from a tenth up to the whole show whether time is linear.
 """
@@ -46,7 +46,7 @@ from tasks.pair import id_bits, in_order, pair
 from tasks.records import PROMPTS, Completions, Counts, PromptSet, Rewards
 from tasks.score import rewards_path
 from tasks.selection import ranking
-from tasks.selection.pvar import pvar, pvar_with_error
+from tasks.selection.pvar import pvar_with_error
 from tasks.store import Store
 from tasks.subset import subset
 
@@ -112,10 +112,15 @@ def ranked(folder: Path, prompts: int) -> dict[str, Any]:
         ids = read_shard(store, shard["digest"], ["prompt_id"])["prompt_id"]
         return *pvar_with_error(columns.read(shard, ["reward"], texts=False).rewards["reward"]), id_bits(ids)
 
-    values, errors, ids = (np.concatenate(parts) for parts in zip(*in_order(measure, columns.shards), strict=True))
+    values, errors, ids = np.empty(prompts), np.empty(prompts), np.empty(prompts, np.uint64)
+    done = 0
+    for value, error, bits in in_order(measure, columns.shards):
+        rows = slice(done, done + len(value))
+        values[rows], errors[rows], ids[rows] = value, error, bits
+        done = rows.stop
     best = ranking.best(values, ids, 0, ranking.size(len(values), 0.1, None))
     seconds = time.perf_counter() - started
-    assert len(values) == len(errors) == prompts and len(best) == prompts // 10
+    assert done == prompts and len(best) == prompts // 10
     return {"seconds": seconds}
 
 
@@ -124,7 +129,12 @@ def vectorised(folder: Path, prompts: int) -> dict[str, Any]:
     store, found = Store(folder), []
     for path in store.list("rewards"):
         lists = pq.read_table(store.full(path), columns=["rewards"], partitioning=None)["rewards"].combine_chunks()
-        found.append(pvar(lists.flatten().to_numpy().reshape(-1, SAMPLES)))
+        rewards = np.ascontiguousarray(lists.flatten().to_numpy().reshape(-1, SAMPLES).T)
+        total = np.zeros(rewards.shape[1])
+        for i in range(SAMPLES):
+            for j in range(i + 1, SAMPLES):
+                total += (np.tanh((rewards[i] - rewards[j]) / 2) / 2) ** 2
+        found.append(2 * total / (SAMPLES * (SAMPLES - 1)))
     values = np.concatenate(found)
     top = np.argpartition(values, -(len(values) // 10))[-(len(values) // 10) :]
     seconds = time.perf_counter() - started
@@ -144,13 +154,10 @@ def all_columns(folder: Path, prompts: int) -> dict[str, Any]:
 
 
 def python(folder: Path, prompts: int) -> dict[str, Any]:
-    """Prompt by prompt: the rewards as Python floats, PVar, its jackknife error, the best and the worst sample."""
-    store, shown = Store(folder), 20_000
-    table = store.read_table(store.list("rewards")[0], ["rewards"])
+    """Prompt by prompt in plain Python what `ranked` does: PVar, its jackknife error, and the list of the best."""
     started = time.perf_counter()
-    rows = table["rewards"].slice(0, shown).to_pylist()
     found = []
-    for rewards in rows:
+    for rewards in _first_shard(folder):
         n = len(rewards)
         sums = [0.0] * n
         for i in range(n):
@@ -162,27 +169,36 @@ def python(folder: Path, prompts: int) -> dict[str, Any]:
         left_out = [(total - 2 * one) / ((n - 1) * (n - 2)) for one in sums]
         mean = sum(left_out) / n
         error = math.sqrt((n - 1) / n * sum((one - mean) ** 2 for one in left_out))
-        best, worst = max(range(n), key=rewards.__getitem__), min(range(n), key=rewards.__getitem__)
-        found.append((total / (n * (n - 1)), error, best, worst))
-    assert all(0 <= value <= 0.25 for value, *_ in found)
-    return {"seconds": (time.perf_counter() - started) * prompts / len(rows), "measured_on": len(rows)}
+        found.append((total / (n * (n - 1)), error))
+    return _taken_up(started, found, prompts)
 
 
 def numpy_by_prompt(folder: Path, prompts: int) -> dict[str, Any]:
-    """PVar and its jackknife error, what `ranked` computes, by NumPy expressions on one prompt after the other, as it
-    is written when nobody thinks of ten million."""
-    store, shown = Store(folder), 20_000
-    table = store.read_table(store.list("rewards")[0], ["rewards"])
+    """The same by NumPy expressions on one prompt after the other, as it is written when nobody thinks of millions."""
     started = time.perf_counter()
-    for rewards in table["rewards"].slice(0, shown).to_pylist():
+    found = []
+    for rewards in _first_shard(folder):
         values = np.asarray(rewards)
         n = len(values)
         terms = (1 / (1 + np.exp(values[None, :] - values[:, None])) - 0.5) ** 2
         sums = terms.sum(axis=1)
         left_out = (sums.sum() - 2 * sums) / ((n - 1) * (n - 2))
         error = np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
-        assert 0 <= sums.sum() / (n * (n - 1)) <= 0.25 and error >= 0
-    return {"seconds": (time.perf_counter() - started) * prompts / shown, "measured_on": shown}
+        found.append((sums.sum() / (n * (n - 1)), error))
+    return _taken_up(started, found, prompts)
+
+
+def _first_shard(folder: Path) -> list[list[float]]:
+    store = Store(folder)
+    return store.read_table(store.list("rewards")[0], ["rewards"])["rewards"].to_pylist()
+
+
+def _taken_up(started: float, found: list[tuple[float, float]], prompts: int) -> dict[str, Any]:
+    """The list of the best of one shard, and the seconds that as many shards as hold all prompts would take."""
+    best = sorted(range(len(found)), key=lambda row: found[row][0], reverse=True)[: len(found) // 10]
+    seconds = time.perf_counter() - started
+    assert all(0 <= found[row][0] <= 0.25 for row in best)
+    return {"seconds": seconds * prompts / len(found), "measured_on": len(found)}
 
 
 def main() -> None:

@@ -169,8 +169,9 @@ class Columns:
     def _completions(self, file: str, shape: tuple[int, int], generator: int, texts: bool) -> dict[str, NDArray[Any]]:
         """Authors, digests and lengths of one file; shape: [prompts, samples]."""
         if not texts and not self.imported:
-            authors = np.full(shape, generator, np.int16)
-            return {"authors": authors, "texts": np.zeros(shape, np.int64), "tokens": np.zeros(shape, np.int32)}
+            same = {"authors": np.array(generator, np.int16), "texts": np.zeros((), np.int64)}
+            same["tokens"] = np.zeros((), np.int32)
+            return {name: np.broadcast_to(value, shape) for name, value in same.items()}
         width = shape[1]
         made = self.store.read_table(file, ["tokens", "text_digests", *(["generators"] if self.imported else [])])
         lengths = pc.list_value_length(made["tokens"]).fill_null(0).to_numpy()

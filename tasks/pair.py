@@ -7,6 +7,7 @@ the generators' deltas) take a first pass over the rewards.
 
 from __future__ import annotations
 
+import binascii
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -370,8 +371,6 @@ def id_bits(ids: pa.ChunkedArray | pa.Array) -> Hashes:
     array = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     if not len(array):
         return np.empty(0, np.uint64)
-    start, end = array.offset, array.offset + len(array)
-    offsets = np.frombuffer(array.buffers()[1], np.int32)[start : end + 1]
-    letters = np.frombuffer(array.buffers()[2], np.uint8)[offsets[:-1, None] + np.arange(16)]
-    nibbles = (letters & 15) + 9 * (letters >> 6)  # "0".."9" are 0x30.., "a".."f" 0x61..
-    return (nibbles[:, 0::2] << 4 | nibbles[:, 1::2]).view(">u8").ravel().astype(np.uint64)
+    offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
+    letters = memoryview(array.buffers()[2])[offsets[0] : offsets[-1]]
+    return np.frombuffer(binascii.unhexlify(letters), ">u8")[::2].astype(np.uint64)

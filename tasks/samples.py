@@ -75,8 +75,9 @@ def cover(held: Sequence[Held], wanted: Ints, rows: RowsOf) -> tuple[list[tuple[
     for one in held:
         mine = rows(one)
         at = slice(None) if mine is None else mine
-        before, sample = reached[at], np.arange(one.first, one.last)
-        take = (sample >= before[:, None]) & (sample < wanted[at][:, None]) & (before >= one.first)[:, None]
+        before, sample = reached[at], np.arange(one.first, one.last)[:, None]
+        until = np.where(before >= one.first, wanted[at], 0)
+        take = ((sample >= before) & (sample < until)).T  # sample by sample: long rows are compared fast
         if take.any():
             parts.append((one, take))
             reached[at] = np.maximum(before, np.where(take.any(axis=1), np.minimum(one.last, wanted[at]), 0))

@@ -160,12 +160,16 @@ class Store:
         return self.create(path, to_json(value))
 
     def read_table(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
-        source = self.full(path) if self.local else pa.BufferReader(self.read(path))
-        return pq.read_table(source, columns=columns, partitioning=None)
+        with self._table(path) as file:
+            return file.read(columns)
 
     def columns(self, path: str) -> Sequence[str]:
         """Names of a table's columns."""
-        return pq.read_schema(self.full(path) if self.local else pa.BufferReader(self.read(path))).names
+        with self._table(path) as file:
+            return file.schema_arrow.names
+
+    def _table(self, path: str) -> pq.ParquetFile:
+        return pq.ParquetFile(self.full(path) if self.local else pa.BufferReader(self.read(path)))
 
     def create_table(self, path: str, table: pa.Table) -> bool:
         sink = io.BytesIO()

@@ -20,7 +20,13 @@ def order(values: Floats, ids: Hashes, seed: int, keep: str = "top") -> Ints:
     values: [pairs]; ids: 64 bits of their prompts' ids; keep: "top" takes large values first, "bottom" small ones.
     """
     rows = np.flatnonzero(~np.isnan(values))
-    ordered = rows[np.lexsort((hashes(ids[rows], seed), values[rows]))]
+    ordered = rows[np.argsort(values[rows])]
+    same = values[ordered[1:]] == values[ordered[:-1]]
+    tied = np.zeros(len(ordered), np.bool_)
+    tied[1:] |= same
+    tied[:-1] |= same
+    among = ordered[tied]
+    ordered[tied] = among[np.lexsort((hashes(ids[among], seed), values[among]))]
     return ordered[::-1] if keep == "top" else ordered  # so that top and bottom share no tied row before they must
 
 
