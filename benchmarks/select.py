@@ -129,7 +129,7 @@ def vectorised(folder: Path, prompts: int) -> dict[str, Any]:
     store, found = Store(folder), []
     for path in store.list("rewards"):
         lists = pq.read_table(store.full(path), columns=["rewards"], partitioning=None)["rewards"].combine_chunks()
-        rewards = np.ascontiguousarray(lists.flatten().to_numpy().reshape(-1, SAMPLES).T)
+        rewards = np.ascontiguousarray(np.from_dlpack(lists.flatten()).reshape(-1, SAMPLES).T)
         total = np.zeros(rewards.shape[1])
         for i in range(SAMPLES):
             for j in range(i + 1, SAMPLES):

@@ -169,8 +169,8 @@ class Columns:
     def _completions(self, file: str, shape: tuple[int, int], generator: int, texts: bool) -> dict[str, NDArray[Any]]:
         """Authors, digests and lengths of one file; shape: [prompts, samples]."""
         if not texts and not self.imported:
-            same = {"authors": np.array(generator, np.int16), "texts": np.zeros((), np.int64)}
-            same["tokens"] = np.zeros((), np.int32)
+            nothing: NDArray[Any] = np.zeros((), np.int64)
+            same = {"authors": np.full((), generator, np.int16), "texts": nothing, "tokens": nothing.astype(np.int32)}
             return {name: np.broadcast_to(value, shape) for name, value in same.items()}
         width = shape[1]
         made = self.store.read_table(file, ["tokens", "text_digests", *(["generators"] if self.imported else [])])
@@ -200,7 +200,7 @@ def dense(lists: pa.ChunkedArray, width: int, fill: Any) -> NDArray[Any]:
     """A column of lists, none longer than width, as an array [rows, width]; the rest of a shorter list is `fill`."""
     array = lists.combine_chunks()
     flat = array.flatten()
-    values = (flat.fill_null(fill) if flat.null_count else flat).to_numpy(zero_copy_only=False)
+    values = np.from_dlpack(flat.fill_null(fill) if flat.null_count else flat)  # to_numpy would first import pandas
     if len(values) == len(array) * width:
         return values.reshape(-1, width)
     lengths = pc.list_value_length(array).fill_null(0).to_numpy()
