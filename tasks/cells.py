@@ -19,6 +19,7 @@ from typing import Any
 from tasks import models
 from tasks.cluster import check_room, connect, fitting, reraise
 from tasks.config import PolicyConfig, TrainConfig
+from tasks.costs import known_costs
 from tasks.errors import ConfigError, RunError, Unreachable
 from tasks.experiments import Cell, ExperimentConfig
 from tasks.progress import Meter, Report, duration, silent
@@ -70,11 +71,12 @@ def trainings(
     for cell in cells or config.cells():
         wanted = config.training(cell, "cell", subsets[cell.arm.subset])
         digest = training_digest(wanted, store)
-        parts = (cell.arm.subset.partition("@")[0][:_NAMED], wanted.train.objective, f"s{cell.seed}", digest[:10])
+        seed = f"s{cell.seed}" if wanted.train.seeded else "any"
+        parts = (cell.arm.subset.partition("@")[0][:_NAMED], wanted.train.objective, seed, digest[:10])
         found[cell] = wanted.model_copy(update={"name": "-".join(parts)})
     names: dict[str, Cell] = {}
     for cell, wanted in found.items():
-        if wanted.name in names:
+        if wanted.name in names and names[wanted.name].arm != cell.arm:
             raise ConfigError(f"objectives: {names[wanted.name]} and {cell} are the same training; remove one")
         names[wanted.name] = cell
     return found
@@ -87,16 +89,18 @@ def train_cells(config: ExperimentConfig, subsets: dict[str, str], store: Store,
     config = config.model_copy(update={"policy": policy})
     wanted = trainings(config, subsets, store)
     known = {cell: version for cell, one in wanted.items() if (version := find_training(one, store))}
-    missing = {cell: one for cell, one in wanted.items() if cell not in known}
-    meter = Meter(report, "train", len(wanted), "policies", reused=len(known))
+    first = {one.name: cell for cell, one in reversed(wanted.items())}  # seeds that decide nothing share a policy
+    missing = {cell: wanted[cell] for cell in reversed(first.values()) if cell not in known}
+    meter = Meter(report, "train", len(first), "policies", reused=len(first) - len(missing))
     if missing:
         ray = connect(config.ray_address)
         check_room(ray, config.policy)
         at_once = min(config.at_once or room(ray, config), len(missing))
         made = _Series(ray, at_once, store, meter).run(missing)
-        known |= {cell: find_version(store, name, kind="policies") for cell, name in made.items()}
+        versions = {missing[cell].name: find_version(store, name, kind="policies") for cell, name in made.items()}
+        known |= {cell: versions[one.name] for cell, one in wanted.items() if one.name in versions}
     inputs = {cell: training_digest(one, store) for cell, one in wanted.items()}
-    work = Work(shards_made=len(missing), shards_reused=len(wanted) - len(missing), seconds=time.monotonic() - started)
+    work = Work(shards_made=len(missing), shards_reused=len(first) - len(missing), seconds=time.monotonic() - started)
     return Policies({cell: known[cell] for cell in wanted}, inputs, len(missing), work)
 
 
@@ -134,15 +138,15 @@ class _Series:
                     actor, cell, inputs = self.running.pop(done)
                     try:
                         with reraise(self.ray):
-                            version, seconds = self.ray.get(done)
+                            version = self.ray.get(done)
                     except (ConfigError, RunError) as error:
                         self.ray.kill(actor)  # whatever is wrong with it, the next cell gets a fresh one
                         failed[cell] = error
                     else:
                         self.idle.append(actor)
                         made[cell] = f"{missing[cell].name}@{version}"
-                        remember_cost(self.store, "train", inputs, seconds)
-                        self.meter.add(1, f"the last took {duration(seconds)}")
+                        seconds = known_costs(self.store, "train", [inputs]).get(inputs)
+                        self.meter.add(1, f"the last took {duration(seconds)}" if seconds else "")
                 self._tell()
         finally:
             for actor in [*self.idle, *(actor for actor, _, _ in self.running.values())]:
@@ -183,21 +187,3 @@ class _Series:
         except RunError:  # it died in this moment; `run` will tell
             return 0, 0, 0.0
         return progress
-
-
-# --- costs: costs/<what>/<digest>.json, what was measured when a thing was made; never part of its version
-
-
-def remember_cost(store: Store, what: str, digest: str, seconds: float) -> None:
-    store.create_json(_cost(what, digest), {"seconds": round(seconds, 2)})
-
-
-def known_costs(store: Store, what: str, digests: Iterable[str]) -> dict[str, float]:
-    """Seconds by digest, of those that were measured."""
-    there = set(store.list(f"costs/{what}"))
-    wanted = {digest: _cost(what, digest) for digest in digests}
-    return {digest: store.read_json(path)["seconds"] for digest, path in wanted.items() if path in there}
-
-
-def _cost(what: str, digest: str) -> str:
-    return f"costs/{what}/{digest}.json"

@@ -17,8 +17,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks import models
-from tasks.cells import Policies, known_costs, remember_cost, trainings
+from tasks.cells import Policies, trainings
 from tasks.columns import Columns
+from tasks.costs import known_costs, remember_cost
 from tasks.errors import ConfigError
 from tasks.experiments import Arm, Cell, ExperimentConfig
 from tasks.ingest import known_prompts, read_shard, shards_of
@@ -236,10 +237,10 @@ def _warnings(config: ExperimentConfig, arms: list[dict[str, Any]], rewards: Rew
         )
     sizes = {str(Arm(arm["subset"], arm["objective"])): arm["pairs"] for arm in arms}
     settings = {str(cell.arm): config.training(cell, "cell", cell.arm.subset).train for cell in config.cells()}
-    fixed = {arm for arm, train in settings.items() if train.by_margin and not train.lora}
+    fixed = {arm for arm, train in settings.items() if not train.seeded}
     if fixed and len(config.seeds) > 1:
         found.append(
-            f"{', '.join(sorted(fixed))}: the order of the pairs is by margin, so all seeds give one policy, and "
+            f"{', '.join(sorted(fixed))}: the order of the pairs is by margin, so all seeds share one policy, and "
             "how much such trainings differ by chance is not in the intervals."
         )
     for arm in arms:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ class Job:
         self.subset = find_version(self.store, config.subset)
         self.earlier: list[str] = []  # checkpoints of attempts before this one
         self.began_at = 0  # the step that this attempt went on from
+        self.started, self.earlier_seconds = time.monotonic(), 0.0  # what attempts before took, up to that step
 
     def run(self, note: Note, checkpoint: str | None = None) -> None:
         """Train and publish. checkpoint: the one to go on from, or "" for none; by default the last one."""
@@ -143,7 +145,10 @@ class Job:
         for file in files:
             self.store.create_file(f"{place}/{file.relative_to(folder)}", file)
         names = [str(file.relative_to(folder)) for file in files]
-        self.store.create(f"{place}/complete.json", to_json({"files": names, "began_at": self.began_at}))
+        seconds = self.earlier_seconds + time.monotonic() - self.started
+        self.store.create(
+            f"{place}/complete.json", to_json({"files": names, "began_at": self.began_at, "seconds": seconds})
+        )
         mine = [complete for complete in self._complete() if f"/{self.attempt}/" in complete]
         known = [*self.earlier, *mine]
         self.earlier = [complete for complete in self.earlier if complete in known[-_KEPT:]]
@@ -164,9 +169,10 @@ class Job:
             return None
         place = complete.rpartition("/")[0]
         target = room / "resume" / place.rpartition("/")[2]
-        for file in self.store.read_json(complete)["files"]:
+        told = self.store.read_json(complete)
+        for file in told["files"]:
             self.store.fetch(f"{place}/{file}", target / file)
-        self.began_at = _step(complete)
+        self.began_at, self.earlier_seconds = _step(complete), told.get("seconds", 0.0)
         return target
 
     def _forget(self) -> None:
@@ -178,6 +184,12 @@ class Job:
     def last_complete(self) -> str:
         """The last checkpoint; empty when there is none."""
         return next(reversed(self._complete()), "")
+
+    def spent(self) -> float:
+        """Seconds of the attempts before this one, as far as they led to the last checkpoint."""
+        with contextlib.suppress(FileNotFoundError):  # another attempt may just be removing it
+            return self.store.read_json(complete).get("seconds", 0.0) if (complete := self.last_complete()) else 0.0
+        return 0.0
 
     def _complete(self) -> list[str]:
         """complete.json of every checkpoint that is whole, in the order of their steps."""

@@ -19,6 +19,7 @@ endpoints that failed, takes away.
     subsets/<name>/<version>/                                 what people use
     policies/<name>/<version>/                                what training made; checkpoints beside
     evaluations/<digest>.json                                 comparisons
+    costs/<what>/<digest>.json                                seconds that a thing took to be made
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any
 from tasks import models
 from tasks.cluster import check_room, connect, reraise, telling
 from tasks.config import PolicyConfig, TrainConfig
+from tasks.costs import known_costs, remember_cost
 from tasks.job import Job
 from tasks.progress import Meter, Report, silent
 from tasks.records import SCHEMA_VERSION, Version, Work, digest
@@ -65,7 +66,7 @@ def _follow(ray: Any, worker: Any, config: TrainConfig, report: Report) -> str:
     while True:
         finished = ray.wait([done], timeout=_POLL)[0]
         if finished:
-            version: str = ray.get(done)[0]
+            version: str = ray.get(done)
         step, steps, loss = ray.get(worker.progress.remote())
         if steps and (meter is None or step < seen):  # a helper's training came before
             meter, seen = Meter(report, "train", steps, "steps"), 0
@@ -122,39 +123,45 @@ class TrainWorker:
     def note(self, step: int, steps: int, loss: float) -> None:
         self.state = (step, steps, loss)
 
-    def run(self, config: TrainConfig) -> tuple[str, float]:
-        """The policy's version, and the seconds that it took, its helpers included. config: see `pinned`."""
-        started, store = time.monotonic(), Store(self.store_url)
+    def run(self, config: TrainConfig) -> str:
+        """The policy's version; what it cost, helpers included, is remembered. config: see `pinned`."""
+        store = Store(self.store_url)
         with telling():
-            helpers = [f"{helper.name}@{self.run(helper)[0]}" for helper in helpers_of(config)]
+            needed = helpers_of(config)
+            helpers = [f"{helper.name}@{self.run(helper)}" for helper in needed]
             inputs = training_digest(config, store)
             made = find_build(store, "policies", config.name, inputs)
             if not made:
                 self.state = (0, 0, 0.0)
+                job = Job(config, inputs, self.store_url, helpers)
+                earlier, started = job.spent(), time.monotonic()
                 if config.policy.workers == 1:
-                    Job(config, inputs, self.store_url, helpers).run(self.note)
+                    job.run(self.note)
                 else:
-                    self._together(config, inputs, helpers)
+                    self._together(job)
                 _tidy()
+                seconds = known_costs(store, "train", [training_digest(helper, store) for helper in needed])
+                total = earlier + time.monotonic() - started + sum(seconds.values())
+                remember_cost(store, "train", inputs, total)
                 made = find_build(store, "policies", config.name, inputs)
             assert made
-        return made.version, time.monotonic() - started
+        return made.version
 
-    def _together(self, config: TrainConfig, inputs: str, helpers: list[str]) -> None:
+    def _together(self, job: Job) -> None:
         """Several processes through Ray Train, which brings them together for torch.distributed."""
         import ray
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        policy = config.policy
-        checkpoint = Job(config, inputs, self.store_url, helpers).last_complete()  # one for all
+        policy = job.config.policy
+        checkpoint = job.last_complete()  # one for all
         each = {"CPU": policy.cpus, **({"GPU": policy.gpus} if policy.gpus else {})}
         board = ray.get_runtime_context().current_actor
         with tempfile.TemporaryDirectory() as room:
             TorchTrainer(
                 _share,
                 train_loop_config={
-                    "job": (config, inputs, self.store_url, helpers),
+                    "job": (job.config, job.inputs, self.store_url, job.helpers),
                     "checkpoint": checkpoint,
                     "board": board,
                 },

@@ -96,10 +96,16 @@ class TrainingConfig(Section):
         """Whether the pairs come sorted, largest margin first."""
         return (self.settings.order if self.order == "auto" else self.order) == "margin"
 
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed decides anything: sorted pairs come in one order, only adapters begin at random."""
+        return self.lora is not None or not self.by_margin
+
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the weights: not how often they are saved, nor what memory they are made in."""
         left_out = {"save_steps", "gradient_checkpointing", "report_to", "beta", "options", "order"}
         left_out.add("epochs" if self.max_steps else "max_steps")
+        left_out |= set() if self.seeded else {"seed"}
         order = "margin" if self.by_margin else "shuffled"
         return {**self.model_dump(exclude=left_out), "order": order, "settings": self.settings.model_dump()}
 

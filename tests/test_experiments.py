@@ -26,7 +26,7 @@ from tasks.cells import Policies, resolved, room, train_cells, trainings
 from tasks.compare import compare
 from tasks.errors import ConfigError, RunError
 from tasks.experiment_report import keep
-from tasks.experiments import Arm, ExperimentConfig, control_of
+from tasks.experiments import Arm, ArmConfig, ExperimentConfig, ObjectiveConfig, control_of
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.records import Rewards
@@ -331,6 +331,22 @@ def test_a_grown_experiment_trains_and_samples_only_what_is_new(
     after = files_below(Path(store.url))
     assert {path: after[path] for path in before} == before
     assert plan(grown.model_copy(update={"store": store.url}))["work"][-1]["to do"] == "nothing, all in the store"
+
+
+def test_seeds_that_decide_nothing_share_a_policy(
+    asked: ExperimentConfig, finished: tuple[Store, Ran], folder: Path
+) -> None:
+    store = copy_store(finished[0], folder / "sorted")
+    by_margin = ObjectiveConfig(name="sorted", train={"order": "margin"})
+    only = [ArmConfig(objective="dpo"), ArmConfig(subset="top", objective="sorted")]
+    ran = stages(asked.model_copy(update={"objectives": [*asked.objectives, by_margin], "arms": only}), store)
+    assert ran.policies.trained == 1
+    assert ran.rewards.completions.work.requests == 20
+    one, other = (version for cell, version in ran.policies.versions.items() if cell.arm.objective == "sorted")
+    assert one == other
+    (arm,) = [arm for arm in ran.result["arms"] if arm["objective"] == "sorted"]
+    assert arm["by_seed"][0] == arm["by_seed"][1]
+    assert any("top x sorted" in warning and "share one policy" in warning for warning in ran.result["warnings"])
 
 
 def test_the_report_stands_alone_and_holds_what_was_found(finished: tuple[Store, Ran]) -> None:

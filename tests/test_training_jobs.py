@@ -189,6 +189,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(
     undisturbed = copy_store(store, tmp_path / "undisturbed")
     config = config_of(tiny_models, store, max_steps=60, save_steps=5)
     program = [sys.executable, "-c", KILLED, config.model_dump_json(), "inputs"]
+    began = time.monotonic()
     killed = subprocess.Popen(program, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 120
     while not [path for path in store.list("policies") if path.endswith("complete.json")]:
@@ -201,6 +202,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(
     assert 5 <= last < 60
     assert find_training(config, store) is None
     seen: list[int] = []
+    assert 0 < Job(config, "inputs", store.url).spent() < time.monotonic() - began
     Job(config, "inputs", store.url).run(lambda step, *_: seen.append(step))
     assert seen == list(range(last + 1, 61))
     place = find_version(store, "tuned", "policies").place
