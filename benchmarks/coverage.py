@@ -39,11 +39,11 @@ def experiment(rng: np.random.Generator, seeds: int, spread: tuple[float, float,
 
 
 def plain(values: np.ndarray, rng: np.random.Generator, draws: int = 1000) -> np.ndarray:
-    """Means of seeds and prompts drawn with replacement."""
+    """Means of seeds and prompts drawn with replacement, sorted."""
     seeds, prompts = values.shape
     weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
     others = rng.multinomial(prompts, np.full(prompts, 1 / prompts), draws) / prompts
-    return np.einsum("ds,sp,dp->d", weights, values, others, optimize=True)
+    return np.sort(np.einsum("ds,sp,dp->d", weights, values, others, optimize=True))
 
 
 def main() -> None:
