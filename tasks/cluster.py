@@ -6,6 +6,7 @@ and write the store themselves, and what comes back are counts.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import logging
@@ -22,10 +23,13 @@ from typing import Any
 
 from tasks.config import PolicyConfig
 from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
+from tasks.faults import EngineDied
 from tasks.sections import ModelConfig
 
 # Shards in flight per actor: one decodes, the next waits inside the engine, a third is read or written.
 IN_FLIGHT = 3
+
+_LAST_WORDS = 1.0  # seconds for what else goes on in a process whose engine died
 
 _blocks = 0  # of `disconnecting`, in each other
 _executors: dict[str, list[Any]] = {}  # Ray Data's, of the runs of pools that go on
@@ -90,8 +94,8 @@ def _has_ray() -> bool:
 class Pool:
     """Actors that hold one engine each, and the items they are to work through.
 
-    `worker(*arguments)` is called in each of `config.workers` actors; `worker.work(item) -> dict` is awaited there,
-    IN_FLIGHT items at a time; `on_done` gets each item's answer, here, as it comes.
+    `worker(*arguments, run)` is called in each of the actors; `worker.work(item) -> dict` is awaited there, IN_FLIGHT
+    items at a time; `on_done` gets each item's answer, here, as it comes.
     """
 
     worker: type
@@ -161,10 +165,12 @@ def _dataset(ray: Any, pool: Pool, run: str) -> Any:
         items.context.print_on_execution_start = False
         return items.map_batches(
             _Actor,
-            fn_constructor_args=(pool.worker, pool.arguments),
+            fn_constructor_args=(pool.worker, (*pool.arguments, run)),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
-                size=min(pool.config.workers, len(pool.items)), max_tasks_in_flight_per_actor=IN_FLIGHT
+                min_size=min(pool.config.workers, len(pool.items)),
+                max_size=min(max(pool.config.workers, pool.config.max_workers), len(pool.items)),
+                max_tasks_in_flight_per_actor=IN_FLIGHT,
             ),
             num_cpus=pool.config.cpus,
             num_gpus=pool.config.gpus or None,
@@ -219,6 +225,10 @@ class _Actor:
         if not error:
             try:
                 counts = await self.worker.work(item)
+            except EngineDied as died:
+                print(f"engine died: {died}", file=sys.stderr, flush=True)
+                await asyncio.sleep(_LAST_WORDS)
+                os._exit(1)  # Ray starts a fresh process, and gives it what this one had in hand
             except Exception as raised:
                 unreachable = is_network_fault(raised)
                 error = f"{'a server could not be reached' if unreachable else 'an engine failed'}: {_said(raised)}"
