@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,8 @@ import yaml
 
 from tests.conftest import curate_values, prompts, write_jsonl
 from tests.faults.proxy import Proxy, proxy
-from tests.services import ROOT, SeaweedFS, environment, seaweedfs
+from tests.faults.runs import report, start, wait_for
+from tests.services import SeaweedFS, environment, seaweedfs
 
 PROMPTS, SHARD = 48, 8
 
@@ -52,17 +51,6 @@ def env(s3: SeaweedFS, between: Proxy, prefect_api: str, tmp_path: Path) -> Iter
         PREFECT_HOME=str(tmp_path / "prefect"),
     )
     between.rule = lambda method, path: None
-
-
-def start(configuration: Path, store: str, env: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "flows.cli", "curate", str(configuration), "--store", store, "--json"]
-    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def report(run: subprocess.Popen[str], timeout: float = 300) -> dict[str, Any]:
-    out, log = run.communicate(timeout=timeout)
-    assert run.returncode == 0, log[-4000:]
-    return json.loads(out)
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +103,3 @@ def test_two_runs_on_one_store_at_once_publish_the_same(
     store = f"s3://{s3.bucket}/both"
     reports = [report(run) for run in [start(configuration, store, env), start(configuration, store, env)]]
     assert [one["subsets"] for one in reports] == [undisturbed["subsets"]] * 2
-
-
-def wait_for(ready: Callable[[], bool], run: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
