@@ -174,6 +174,7 @@ def _dataset(ray: Any, pool: Pool, run: str) -> Any:
             ),
             num_cpus=pool.config.cpus,
             num_gpus=pool.config.gpus or None,
+            resources=pool.config.resources or None,
             max_concurrency=IN_FLIGHT,
         )
 
@@ -252,6 +253,11 @@ def check_room(ray: Any, config: ModelConfig | PolicyConfig) -> None:
             f"policy.workers: the Ray cluster has room for {room} of {config.workers} workers with {config.cpus:g} "
             f"CPUs and {config.gpus:g} GPUs each; lower workers, or join a larger cluster with ray_address"
         )
+    custom = config.resources if isinstance(config, ModelConfig) else {}
+    wanted = {"CPU": config.cpus, "GPU": config.gpus, **custom}
+    if custom and not any(all(node.get(kind, 0) >= need for kind, need in wanted.items()) for node in nodes):
+        asked, *there = (", ".join(f"{node.get(kind, 0):g} {kind}" for kind in wanted) for node in (wanted, *nodes))
+        raise ConfigError(f"resources: no node of the Ray cluster has {asked}; its nodes have {'; '.join(there)}")
     if not any(node.get("GPU", 0) >= config.gpus and node.get("CPU", 0) >= config.cpus for node in nodes):
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise ConfigError(

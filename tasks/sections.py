@@ -133,7 +133,10 @@ class ModelConfig(Section):
         0, ge=0, le=1024, description="More of them while there is work and room in the cluster; 0 stays at workers."
     )
     cpus: float = Field(1, ge=0, description="CPUs that Ray reserves per engine.")
-    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves per engine.")
+    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves per engine; may be a part of one, or several.")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Custom resources of Ray per engine, such as a kind of node."
+    )
     deadline: float = Field(
         1800, gt=0, description="Seconds for one step of the engine; after that it counts as hung and is started again."
     )
