@@ -1,5 +1,6 @@
 # make demo    the whole way on a small real world, on this machine
 # make test    all tests that belong to every change (make check: format, lint, types)
+# make test-faults   processes, nodes and servers that fail while a run goes on; about 20 minutes
 #
 # Everything runs in .venv, which is set up by itself, once, and again when the pins change. On a machine with NVIDIA
 # GPUs: make setup ENGINE=gpu. Set PIP_FIND_LINKS to a folder of wheels to install from it first.
@@ -13,7 +14,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export RAY_USAGE_STATS_ENABLED := 0
 INSTALL := $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[$(ENGINE),dev]'
 
-.PHONY: demo test check setup format clean
+.PHONY: demo test test-faults check setup format clean
 
 demo: setup
 	@$(BIN)/prefsieve demo
@@ -22,8 +23,12 @@ demo: setup
 # threads, which other tests change: a process of its own.
 test: setup
 	@$(BIN)/python -m examples.tinyworld.build --out .prefsieve/tinyworld >/dev/null 2>&1 & \
-	echo "pytest, in two processes: all but vLLM, then vLLM" && $(BIN)/python -m pytest --ignore=tests/test_vllm.py
+	echo "pytest, in two processes: all but vLLM, then vLLM" && \
+	$(BIN)/python -m pytest --ignore=tests/test_vllm.py --ignore=tests/faults
 	$(BIN)/python -m pytest tests/test_vllm.py
+
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults
 
 check: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ and write the store themselves, and what comes back are counts.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import logging
@@ -22,10 +23,13 @@ from typing import Any
 
 from tasks.config import PolicyConfig
 from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
+from tasks.faults import EngineDied
 from tasks.sections import ModelConfig
 
 # Shards in flight per actor: one decodes, the next waits inside the engine, a third is read or written.
 IN_FLIGHT = 3
+
+_LAST_WORDS = 1.0  # seconds for what else goes on in a process whose engine died
 
 _blocks = 0  # of `disconnecting`, in each other
 _executors: dict[str, list[Any]] = {}  # Ray Data's, of the runs of pools that go on
@@ -90,8 +94,8 @@ def _has_ray() -> bool:
 class Pool:
     """Actors that hold one engine each, and the items they are to work through.
 
-    `worker(*arguments)` is called in each of `config.workers` actors; `worker.work(item) -> dict` is awaited there,
-    IN_FLIGHT items at a time; `on_done` gets each item's answer, here, as it comes.
+    `worker(*arguments, run)` is called in each of the actors; `worker.work(item) -> dict` is awaited there, IN_FLIGHT
+    items at a time; `on_done` gets each item's answer, here, as it comes.
     """
 
     worker: type
@@ -161,13 +165,16 @@ def _dataset(ray: Any, pool: Pool, run: str) -> Any:
         items.context.print_on_execution_start = False
         return items.map_batches(
             _Actor,
-            fn_constructor_args=(pool.worker, pool.arguments),
+            fn_constructor_args=(pool.worker, (*pool.arguments, run)),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
-                size=min(pool.config.workers, len(pool.items)), max_tasks_in_flight_per_actor=IN_FLIGHT
+                min_size=min(pool.config.workers, len(pool.items)),
+                max_size=min(max(pool.config.workers, pool.config.max_workers), len(pool.items)),
+                max_tasks_in_flight_per_actor=IN_FLIGHT,
             ),
             num_cpus=pool.config.cpus,
             num_gpus=pool.config.gpus or None,
+            resources=pool.config.resources or None,
             max_concurrency=IN_FLIGHT,
         )
 
@@ -219,6 +226,10 @@ class _Actor:
         if not error:
             try:
                 counts = await self.worker.work(item)
+            except EngineDied as died:
+                print(f"engine died: {died}", file=sys.stderr, flush=True)
+                await asyncio.sleep(_LAST_WORDS)
+                os._exit(1)  # Ray starts a fresh process, and gives it what this one had in hand
             except Exception as raised:
                 unreachable = is_network_fault(raised)
                 error = f"{'a server could not be reached' if unreachable else 'an engine failed'}: {_said(raised)}"
@@ -242,6 +253,11 @@ def check_room(ray: Any, config: ModelConfig | PolicyConfig) -> None:
             f"policy.workers: the Ray cluster has room for {room} of {config.workers} workers with {config.cpus:g} "
             f"CPUs and {config.gpus:g} GPUs each; lower workers, or join a larger cluster with ray_address"
         )
+    custom = config.resources if isinstance(config, ModelConfig) else {}
+    wanted = {"CPU": config.cpus, "GPU": config.gpus, **custom}
+    if custom and not any(all(node.get(kind, 0) >= need for kind, need in wanted.items()) for node in nodes):
+        asked, *there = (", ".join(f"{node.get(kind, 0):g} {kind}" for kind in wanted) for node in (wanted, *nodes))
+        raise ConfigError(f"resources: no node of the Ray cluster has {asked}; its nodes have {'; '.join(there)}")
     if not any(node.get("GPU", 0) >= config.gpus and node.get("CPU", 0) >= config.cpus for node in nodes):
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise ConfigError(

@@ -25,6 +25,7 @@ from tasks.cluster import Pool, run_pools
 from tasks.config import CompareConfig
 from tasks.engines import judge_engine
 from tasks.engines.loop import EngineLoop
+from tasks.faults import Faults
 from tasks.generate import completions_path
 from tasks.ingest import read_shard
 from tasks.judge import ENDPOINT, JUDGE, Duel, Judge
@@ -95,13 +96,20 @@ def duel(
 class DuelWorker:
     """Holds one judge; makes one file of comparisons per item."""
 
-    def __init__(self, config: ScorerConfig, fingerprint: str, sides: tuple[str, str], store_url: str) -> None:
+    def __init__(
+        self, config: ScorerConfig, fingerprint: str, sides: tuple[str, str], store_url: str, run: str
+    ) -> None:
         self.store, self.sides, self.fingerprint = Store(store_url), sides, fingerprint
         model = config.model if config.engine == "openai" else models.local(config.model, self.store)
-        self.judge = Judge(config.judge, fingerprint, EngineLoop(judge_engine(config, model)))
+        loop = EngineLoop(judge_engine(config, model), Faults(self.store, run), config.deadline)
+        self.judge = Judge(config.judge, fingerprint, loop)
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         first, last = item["first"], item["last"]
+        path = duels_path(self.fingerprint, self.sides, item["prompts"], Held(first, last))
+        if await asyncio.to_thread(self.store.exists, path):  # by a process that died afterwards, or by another run
+            nothing = dict.fromkeys(("requests", "samples", "tokens", "missing"), 0)
+            return {**nothing, "finished": item["samples"], "example": ""}
         rows = (await asyncio.to_thread(read_shard, self.store, item["shard"], ["prompt_id", "messages"])).to_pylist()
         number = np.full(len(rows), last, np.int64)
         one, other = [
@@ -116,7 +124,6 @@ class DuelWorker:
         answers, requests, tokens = await self.judge.compare(rows, both_orders)
         made = [_outcomes(row, pairs, answers) for row, pairs in enumerate(met)]
         ids = [row["prompt_id"] for row in rows]
-        path = duels_path(self.fingerprint, self.sides, item["prompts"], Held(first, last))
         table = pa.Table.from_pylist([{"prompt_id": i, **m} for i, m in zip(ids, made, strict=True)], schema=DUELS)
         await asyncio.to_thread(self.store.create_table, path, table)
         reasons = [reason for outcome in made for reason in outcome["reasons"] if reason]

@@ -24,6 +24,7 @@ from tasks.cluster import IN_FLIGHT, Pool, run_pools
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.loop import EngineLoop, Refused
 from tasks.errors import RunError
+from tasks.faults import Faults
 from tasks.ingest import read_shard
 from tasks.progress import Meter, Report, silent
 from tasks.records import COMPLETIONS, Completions, Counts, PromptSet, Work, text_digest
@@ -96,22 +97,26 @@ def generate(
 class GenerateWorker:
     """Holds one engine; makes one file of completions per item."""
 
-    def __init__(self, config: GeneratorConfig, fingerprint: str, store_url: str) -> None:
+    def __init__(self, config: GeneratorConfig, fingerprint: str, store_url: str, run: str) -> None:
         self.store = Store(store_url)
         self.config, self.fingerprint = config, fingerprint
-        self.loop = EngineLoop(generator_engine(config, models.local(config.model, self.store)))
+        engine = generator_engine(config, models.local(config.model, self.store))
+        self.loop = EngineLoop(engine, Faults(self.store, run), config.deadline)
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         held = Held(item["first"], item["last"], item.get("part", ""))
+        path = completions_path(self.fingerprint, item["prompts"], held)
+        if await asyncio.to_thread(self.store.exists, path):  # by a process that died afterwards, or by another run
+            nothing = dict.fromkeys(("requests", "samples", "tokens", "refused"), 0)
+            return {**nothing, "final": item["final"], "example": ""}
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held, ["prompt_id", "messages"])
         ids = prompts["prompt_id"].to_pylist()
         requests = [
             GenerationRequest(messages, prompt_seed(self.fingerprint, prompt_id), held.first, held.last - held.first)
             for prompt_id, messages in zip(ids, prompts["messages"].to_pylist(), strict=True)
         ]
-        answers = await asyncio.wrap_future(self.loop.submit(requests))
+        answers = await self.loop.answers(requests)
         table = _table(ids, answers)
-        path = completions_path(self.fingerprint, item["prompts"], held)
         await asyncio.to_thread(self.store.create_table, path, table)
         refused = [answer.reason for answer in answers if isinstance(answer, Refused)]
         given = [answer for answer in answers if isinstance(answer, Answer)]
@@ -128,13 +133,14 @@ class GenerateWorker:
 class InTurnWorker:
     """Holds one engine at a time; makes all the files of one generator per item."""
 
-    def __init__(self, generators: dict[str, tuple[GeneratorConfig, str]], store_url: str) -> None:
-        self.generators, self.store_url = generators, store_url
+    def __init__(self, generators: dict[str, tuple[GeneratorConfig, str]], store_url: str, run: str) -> None:
+        self.generators, self.store_url, self.run = generators, store_url, run
         self.turn = asyncio.Lock()
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         async with self.turn:
-            worker = await asyncio.to_thread(GenerateWorker, *self.generators[item["generator"]], self.store_url)
+            about = self.generators[item["generator"]]
+            worker = await asyncio.to_thread(GenerateWorker, *about, self.store_url, self.run)
             at_once = asyncio.Semaphore(IN_FLIGHT)
 
             async def one(part: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ with a reason.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -140,7 +139,7 @@ class Judge:
     ) -> list[Any]:
         schema = rubric.schema(self.config)
         requests = [ChatRequest(q.messages, schema, self._seed(q, attempt)) for q in questions]
-        replies = await asyncio.wrap_future(self.loop.submit(requests))
+        replies = await self.loop.answers(requests)
         answers: list[Any] = []
         for reply in replies:
             if isinstance(reply, Refused):

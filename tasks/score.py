@@ -24,6 +24,7 @@ from tasks.cluster import Pool, run_pools
 from tasks.engines import Refused, ScoringRequest, judge_engine, reward_engine
 from tasks.engines.loop import EngineLoop
 from tasks.errors import RunError
+from tasks.faults import Faults
 from tasks.generate import completions_path, read_rows_of
 from tasks.judge import ENDPOINT, JUDGE, Judge, Rating
 from tasks.progress import Meter, Report, silent
@@ -97,19 +98,26 @@ def score(
 class ScoreWorker:
     """Holds one reward model, judge or function; makes one file of rewards per item."""
 
-    def __init__(self, config: ScorerConfig, fingerprint: str, store_url: str) -> None:
+    def __init__(self, config: ScorerConfig, fingerprint: str, store_url: str, run: str) -> None:
         self.store = Store(store_url)
         self.config, self.fingerprint = config, fingerprint
+        faults = Faults(self.store, run)
         if config.type == "function":
             self.function = models.load_function(config)
         elif config.type == "judge":
             model = config.model if config.engine == "openai" else models.local(config.model, self.store)
-            self.judge = Judge(config.judge, fingerprint, EngineLoop(judge_engine(config, model)))
+            loop = EngineLoop(judge_engine(config, model), faults, config.deadline)
+            self.judge = Judge(config.judge, fingerprint, loop)
         else:
-            self.loop = EngineLoop(reward_engine(config, models.local(config.model, self.store)))
+            engine = reward_engine(config, models.local(config.model, self.store))
+            self.loop = EngineLoop(engine, faults, config.deadline)
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         held = Held(item["first"], item["last"], item.get("part", ""))
+        path = _path(self.config, self.fingerprint, item)
+        if await asyncio.to_thread(self.store.exists, path):  # by a process that died afterwards, or by another run
+            nothing = dict.fromkeys(("requests", "samples", "tokens", "missing"), 0)
+            return {**nothing, "finished": item["samples"], "example": ""}
         source = completions_path(item["generator"], item["prompts"], held)
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held)
         texts = (await asyncio.to_thread(self.store.read_table, source, ["texts"]))["texts"].to_pylist()
@@ -126,7 +134,6 @@ class ScoreWorker:
             answers = dict(zip(unique, await ask(rows, unique), strict=True))
         outcomes = [answers[place] for place in places]
         table = _table([row["prompt_id"] for row in rows], texts, outcomes, dimensions_of(self.config))
-        path = _path(self.config, self.fingerprint, item)
         await asyncio.to_thread(self.store.create_table, path, table)
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         return {
@@ -140,7 +147,7 @@ class ScoreWorker:
 
     async def _by_model(self, rows: list[dict[str, Any]], places: list[tuple[int, str]]) -> list[float | str]:
         requests = [ScoringRequest(rows[row]["messages"], text) for row, text in places]
-        answers = await asyncio.wrap_future(self.loop.submit(requests))
+        answers = await self.loop.answers(requests)
         return [answer.reason if isinstance(answer, Refused) else _finite(answer) for answer in answers]
 
     async def _by_function(self, rows: list[dict[str, Any]], places: list[tuple[int, str]]) -> list[float | str]:

@@ -129,8 +129,17 @@ class ModelConfig(Section):
     max_model_len: int = Field(0, ge=0, description="Longest sequence in tokens; 0 for the model's own.")
     trust_remote_code: bool = Field(False, description="Run code that ships with the model. Only if you trust it.")
     workers: int = Field(1, ge=1, le=1024, description="Engines at once.")
+    max_workers: int = Field(
+        0, ge=0, le=1024, description="More of them while there is work and room in the cluster; 0 stays at workers."
+    )
     cpus: float = Field(1, ge=0, description="CPUs that Ray reserves per engine.")
-    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves per engine.")
+    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves per engine; may be a part of one, or several.")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Custom resources of Ray per engine, such as a kind of node."
+    )
+    deadline: float = Field(
+        1800, gt=0, description="Seconds for one step of the engine; after that it counts as hung and is started again."
+    )
     batch_size: int = Field(64, ge=1, description="Sequences at once, transformers engine only.")
     engine_args: dict[str, Any] = Field({}, description="Further arguments of the engine, for example vLLM's.")
 

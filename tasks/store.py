@@ -19,6 +19,7 @@ endpoints that failed, takes away.
     subsets/<name>/<version>/                                 what people use
     policies/<name>/<version>/                                what training made; checkpoints beside
     evaluations/<digest>.json                                 comparisons
+    faults/<run>.*.json                                       what engines died over, while a run goes on
     costs/<what>/<digest>.json                                seconds that a thing took to be made
 """
 

@@ -193,6 +193,7 @@ class RayHead:
 
     address: str  # of the dashboard and its jobs API
     token: str = field(repr=False)
+    gcs: str  # HOST:PORT that nodes and drivers join
 
     @property
     def environment(self) -> dict[str, str]:
@@ -208,7 +209,7 @@ def ray_head(folder: Path, cpus: int = 4, **extra: str) -> Iterator[RayHead]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
-    head = RayHead(f"http://127.0.0.1:{dashboard}", secrets.token_hex(32))
+    head = RayHead(f"http://127.0.0.1:{dashboard}", secrets.token_hex(32), f"127.0.0.1:{gcs}")
     # Ray's socket paths must stay under 107 characters, which pytest's folders do not leave room for.
     session = Path(tempfile.mkdtemp(prefix="psray", dir="/tmp"))
     env = environment(PREFECT_HOME=str(folder / "prefect"), **head.environment, **extra)
@@ -228,6 +229,38 @@ def ray_head(folder: Path, cpus: int = 4, **extra: str) -> Iterator[RayHead]:
             yield head
     finally:
         shutil.rmtree(session, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def ray_node(
+    head: RayHead, folder: Path, address: str, cpus: int = 2, resources: dict[str, float] | None = None, **extra: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A further node, at an address of its own on loopback (127.0.0.2 ...); goes on once the cluster counts it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ports = dict(
+        zip(("node-manager", "object-manager", "dashboard-agent-grpc", "metrics-export"), free_ports(4), strict=True)
+    )
+    [listen] = free_ports(1)
+    env = environment(**head.environment, **extra)
+    command = [
+        *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats", f"--address={head.gcs}"),
+        *(f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--resources={json.dumps(resources or {})}"),
+        *(f"--{name}-port={port}" for name, port in ports.items()),
+        *(f"--dashboard-agent-listen-port={listen}", f"--object-store-memory={100 * 2**20}"),
+        *("--min-worker-port=0", "--max-worker-port=0"),
+    ]
+    headers = {"Authorization": f"Bearer {head.token}"}
+
+    def joined() -> bool:
+        nodes = json.loads(_fetch(f"{head.address}/nodes?view=summary", headers=headers))["data"]["summary"]
+        return any(node["ip"] == address and node["raylet"].get("state") == "ALIVE" for node in nodes)
+
+    process = _start(command, env, folder / "ray-node.log", folder)
+    try:
+        _wait("ray node", joined, _checker("ray node", process, folder / "ray-node.log"))
+        yield process
+    finally:
+        _stop(process, signal.SIGKILL)
 
 
 # --- an OpenAI-compatible endpoint

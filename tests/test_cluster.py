@@ -26,7 +26,7 @@ ONE = GeneratorConfig(name="one", engine="fake")
 class Meeting:
     """Comes to a place and waits there for the other."""
 
-    def __init__(self, folder: str, me: str, other: str) -> None:
+    def __init__(self, folder: str, me: str, other: str, run: str) -> None:
         self.mine, self.others = Path(folder) / me, Path(folder) / other
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Meeting:
 
 
 class Failing:
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, run: str) -> None:
         self.error = error
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_what_fails_in_a_worker_is_said_and_only_the_network_is_worth_another_tr
 class Beating:
     """Works for ever, and leaves a trace of it."""
 
-    def __init__(self, trace: str) -> None:
+    def __init__(self, trace: str, run: str) -> None:
         self.trace = Path(trace)
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -89,8 +89,8 @@ class Beating:
 class FailingBeside(Failing):
     """Fails when the other one works."""
 
-    def __init__(self, trace: str) -> None:
-        super().__init__(ValueError("bad shape"))
+    def __init__(self, trace: str, run: str) -> None:
+        super().__init__(ValueError("bad shape"), run)
         self.trace = Path(trace)
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_a_prompt_has_the_same_completions_in_every_shard_and_order(fake_run: Cu
     shards = shards_of(store, ingest(IngestConfig(source=str(source), shard_size=7), store))
     turned = {}
     for shard in shards:
-        asyncio.run(work(GenerateWorker(config, fingerprint, store.url), shard, (0, 4)))
+        asyncio.run(work(GenerateWorker(config, fingerprint, store.url, "test"), shard, (0, 4)))
         table = store.read_table(completions_path(fingerprint, shard["prompts"], (0, 4)))
         turned.update(zip(table["prompt_id"].to_pylist(), table["texts"].to_pylist(), strict=True))
     straight = {}
@@ -124,13 +124,13 @@ def test_a_prompt_has_the_same_completions_in_every_shard_and_order(fake_run: Cu
     assert turned == straight
 
 
-def test_a_file_that_another_run_has_made_meanwhile_is_left_alone(fake_run: Curated, tmp_path: Path) -> None:
+def test_a_file_that_another_run_has_made_meanwhile_is_not_made_again(fake_run: Curated, tmp_path: Path) -> None:
     store = copy_store(fake_run.store, tmp_path / "store")
     before = files_below(Path(store.url))
     config = fake_run.config.generate.generators[0]
-    worker = GenerateWorker(config, fake_run.completions.generators[config.name], store.url)
+    worker = GenerateWorker(config, fake_run.completions.generators[config.name], store.url, "test")
     counts = asyncio.run(work(worker, shards_of(store, fake_run.prompts)[2], (0, 4)))
-    assert counts["samples"] == 32
+    assert counts["requests"] == 0
     assert files_below(Path(store.url)) == before
 
 
@@ -407,7 +407,7 @@ def test_refusals_are_counted_for_each_generator_alone(tiny_run: Any, tiny_model
     config, prompt_set, store, _ = tiny_run
     roomy = GeneratorConfig(name="roomy", engine="fake")
     fingerprint = generator_fingerprint(roomy, store)
-    worker = GenerateWorker(roomy, fingerprint, store.url)
+    worker = GenerateWorker(roomy, fingerprint, store.url, "test")
     for shard in shards_of(store, prompt_set):
         asyncio.run(work(worker, shard, (0, 3)))
     both = GenerateConfig(samples=3, generators=[roomy, config.generators[0]], max_refused=0.1)

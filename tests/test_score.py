@@ -49,7 +49,7 @@ def function_scorer(path: Path, code: str, name: str = "f") -> ScorerConfig:
 
 def score_in_process(config: ScorerConfig, completions: Completions, store: Store) -> list[dict[str, Any]]:
     """A worker's counts for every file of completions, as an actor would make them."""
-    worker = ScoreWorker(config, scorer_fingerprint(config, store), store.url)
+    worker = ScoreWorker(config, scorer_fingerprint(config, store), store.url, "test")
     items = [
         {
             "generator": generator,
@@ -227,7 +227,7 @@ def with_files(config: GenerateConfig, prompt_set: Any, store: Store) -> None:
     from tasks.models import generator_fingerprint
 
     for generator in config.generators:
-        worker = GenerateWorker(generator, generator_fingerprint(generator, store), store.url)
+        worker = GenerateWorker(generator, generator_fingerprint(generator, store), store.url, "test")
         for shard in shards_of(store, prompt_set):
             item = {"shard": shard["digest"], "prompts": shard["prompts"], "rows": shard["rows"]}
             asyncio.run(worker.work({**item, "part": "", "first": 0, "last": config.samples, "final": shard["rows"]}))

@@ -3,6 +3,10 @@
 Answers depend only on the generator's name, the prompt and the sample's seed, so a run that was killed and run again
 ends with the same digests. `engine_args: {quality: 1.0}` shifts a fake generator's rewards, `{nan: true}` makes a fake
 reward model return NaN. A fake judge goes by the same numbers as a fake reward model, with noise per dimension.
+
+`{faults: FILE}` makes it fail as real engines do. The file, read at every request if it is there, is JSON: what part of
+a prompt does what, which is one of `raise`, `hang`, `exit` (the process is gone), `raise once`, `exit once` and
+`sleep SECONDS`; "" stands in every prompt, and `start` for the start of the engine, where only `raise` is possible.
 """
 
 from __future__ import annotations
@@ -10,8 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import re
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 from tasks import rubric
@@ -24,6 +32,7 @@ _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron"
 
 class FakeGenerator:
     def __init__(self, config: GeneratorConfig) -> None:
+        _fail(config, "start")
         self.config = config
         self.quality = float(config.engine_args.get("quality", 0.0))
         self.queue: list[tuple[int, GenerationRequest]] = []
@@ -41,6 +50,7 @@ class FakeGenerator:
 
     def _answer(self, request: GenerationRequest) -> Answer:
         prompt = " ".join(message["content"] for message in request.messages)
+        _fail(self.config, prompt)
         samples = [self._sample(prompt, request.seed + request.first + i) for i in range(request.samples)]
         return Answer(prompt_tokens=len(prompt.split()), samples=samples)
 
@@ -56,6 +66,7 @@ class FakeRewardModel:
     """The number in brackets that a fake generator wrote, or a digest of any other text."""
 
     def __init__(self, config: ScorerConfig) -> None:
+        _fail(config, "start")
         self.config = config
         self.queue: list[tuple[int, ScoringRequest]] = []
 
@@ -63,6 +74,8 @@ class FakeRewardModel:
         self.queue.append((key, request))
 
     def step(self) -> list[tuple[int, float]]:
+        for _, request in self.queue:
+            _fail(self.config, " ".join(message["content"] for message in request.messages))
         done = [(key, self._score(request.completion)) for key, request in self.queue]
         self.queue = []
         return done
@@ -109,6 +122,30 @@ class FakeJudge:
                 answer[name] = _GRADED[len(scale)][grade if ahead > 0 else -grade]
         words = sum(len(message["content"].split()) for message in request.messages)
         return Reply(json.dumps(answer), words, 2 * len(answer))
+
+
+def _fail(config: GeneratorConfig | ScorerConfig, prompt: str) -> None:
+    """Do what the file of faults says of a prompt."""
+    file = Path(config.engine_args.get("faults", ""))
+    if not file.is_file():
+        return
+    for part, what in json.loads(file.read_text()).items():
+        if prompt != part if "start" in (part, prompt) else part not in prompt:
+            continue
+        kind, _, rest = what.partition(" ")
+        if rest == "once":
+            try:
+                file.with_name(f"{file.name}.{_rng(part).getrandbits(64):016x}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+        if kind == "sleep":
+            time.sleep(float(rest))
+        elif kind == "hang":
+            threading.Event().wait()
+        elif kind == "exit":
+            os._exit(1)
+        else:
+            raise RuntimeError(f"made to fail at {part!r}")
 
 
 def _quality(judge: str, text: str) -> float:

@@ -1,19 +1,28 @@
 """Keeps one engine busy across shards.
 
 A single thread owns the engine. Shards hand in their requests whenever they are ready and wait for a future; the next
-shard's requests enter while the last one's tail still decodes, so the engine never drains in between.
+shard's requests enter while the last one's tail still decodes, so the engine never drains in between. After an engine
+died over a shard (tasks/faults.py), that shard's requests are asked one by one, with nothing beside them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import math
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from tasks.engines import Engine, Refused
+from tasks.errors import ConfigError, RunError, is_network_fault
+from tasks.faults import EngineDied, Faults
+
+_LOOK = 0.5  # seconds between two looks at whether the engine still moves
 
 
 @dataclass
@@ -24,13 +33,68 @@ class _Batch:
 
 
 class EngineLoop:
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, faults: Faults | None = None, deadline: float = math.inf) -> None:
+        """deadline: seconds that one step of the engine may take."""
+        self.engine, self.faults, self.deadline = engine, faults, deadline
         self.requests = 0
+        self.moved = time.monotonic()
+        self.dead = ""  # why, once the engine is
+        self._turn = asyncio.Lock()  # of handing in, and of all that is asked alone
         self._inbox: queue.SimpleQueue[tuple[Sequence[Any], _Batch] | None] = queue.SimpleQueue()
         self._waiting: dict[int, tuple[_Batch, int]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    async def answers(self, requests: Sequence[Any]) -> list[Any]:
+        """In the order of the requests; a Refused where the engine cannot take one, or dies over it.
+
+        Raises EngineDied when it just did: then this process must end, and a fresh one be asked the same.
+        """
+        if not self.faults:
+            return await asyncio.wrap_future(self.submit(requests))
+        batch = _name(requests)
+        died = await asyncio.to_thread(self.faults.begin, batch)
+        async with self._turn:
+            if died:
+                while self._waiting:
+                    await asyncio.sleep(_LOOK)
+                found = [await self._alone(request, self.faults) for request in requests]
+            else:
+                future = self.submit(requests)
+        if not died:
+            found = await self._moving(future)
+        await asyncio.to_thread(self.faults.end, batch)
+        return found
+
+    async def _alone(self, request: Any, faults: Faults) -> Any:
+        name = _name([request])
+        deaths = await asyncio.to_thread(faults.begin, name)
+        if reason := await asyncio.to_thread(faults.refused, name, deaths):
+            return Refused(reason)
+        if self.dead:  # over another request
+            raise EngineDied(self.dead)
+        try:
+            [answer] = await self._moving(self.submit([request]))
+        except EngineDied as error:
+            await asyncio.to_thread(faults.refuse, name, str(error))
+            raise
+        await asyncio.to_thread(faults.end, name)
+        return answer
+
+    async def _moving(self, future: Future[list[Any]]) -> list[Any]:
+        """The answers, as long as the engine moves."""
+        answers = asyncio.wrap_future(future)
+        while not (await asyncio.wait([answers], timeout=_LOOK))[0]:
+            if time.monotonic() - self.moved > self.deadline:
+                self.dead = f"no step within {self.deadline:g} s"
+                raise EngineDied(self.dead)
+        try:
+            return await answers
+        except Exception as error:
+            if isinstance(error, ConfigError | RunError) or is_network_fault(error):
+                raise
+            self.dead = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            raise EngineDied(self.dead) from error
 
     def submit(self, requests: Sequence[Any]) -> Future[list[Any]]:
         """Answers in the order of the requests; a Refused where the engine cannot take one."""
@@ -48,6 +112,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._take_in():
+                self.moved = time.monotonic()
                 for key, answer in self.engine.step():
                     self._settle(key, answer)
         except BaseException as error:  # the thread must not die silently: whoever waits gets the error
@@ -96,3 +161,8 @@ class EngineLoop:
             if item is None:
                 return
             item[1].future.set_exception(error)
+
+
+def _name(requests: Sequence[Any]) -> str:
+    """Of what is asked: the same in every process."""
+    return hashlib.sha256("\x00".join(map(repr, requests)).encode("utf-8", "surrogatepass")).hexdigest()[:32]

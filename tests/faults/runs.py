@@ -1,0 +1,60 @@
+"""Runs of the command line in processes of their own, and ways to end them and what they started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.services import ROOT
+
+ENGINE = "ray::MapWorker"  # how the process of an engine calls itself
+
+
+def start(configuration: Path, store: str | Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flows.cli", "curate", str(configuration), "--store", str(store), "--json", *more]
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def report(run: subprocess.Popen[str], timeout: float = 300) -> dict[str, Any]:
+    """What a run printed when it had ended well."""
+    out, log = run.communicate(timeout=timeout)
+    assert run.returncode == 0, log[-4000:]
+    return json.loads(out)
+
+
+def wait_for(ready: Callable[[], bool], run: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes(mark: str, name: str = "") -> list[int]:
+    """Those that inherited an environment variable with this value, and whose command begins with a name."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                environment = (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # it has just ended, or is another user's
+                continue
+            if f"={mark}\0".encode() in environment and command.startswith(name):
+                found.append(int(entry.name))
+    return found
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,124 @@
+"""Engines that raise, hang or crash, at one prompt or at all: the others are answered, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.config import CurateConfig
+from tasks.errors import RunError
+from tasks.generate import generate
+from tasks.ingest import ingest
+from tasks.records import Completions
+from tasks.score import score
+from tasks.store import Store
+from tests.conftest import Curated, curate_config, curate_stages, prompts, scorer, write_jsonl
+from tests.conftest import generator as fake
+
+BAD = "what is 13 plus 13"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, and where the file of faults is looked for."""
+    folder = tmp_path_factory.mktemp("engines")
+    write_jsonl(folder / "prompts.jsonl", prompts(24))
+    return folder
+
+
+@pytest.fixture
+def faults(place: Path) -> Iterator[Path]:
+    yield place / "faults.json"
+    for file in place.glob("faults.json*"):
+        file.unlink()
+
+
+def config(place: Path, deadline: float = 60) -> CurateConfig:
+    args = {"engine_args": {"faults": str(place / "faults.json")}, "deadline": deadline}
+    return curate_config(
+        place / "prompts.jsonl",
+        ingest={"source": str(place / "prompts.jsonl"), "shard_size": 8},
+        generate={"samples": 2, "generators": [fake(**args)], "max_refused": 0.1},
+        score={"scorers": [scorer(**args)], "max_missing": 0.1},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray: Any, place: Path) -> Curated:
+    return curate_stages(config(place), Store(place / "undisturbed"))
+
+
+def texts(completions: Completions, store: Store) -> dict[str, list[str]]:
+    """By prompt id."""
+    (fingerprint,) = completions.generators.values()
+    rows = [row for path in store.list(f"completions/{fingerprint}") for row in store.read_table(path).to_pylist()]
+    return {row["prompt_id"]: row["texts"] for row in rows}
+
+
+@pytest.mark.parametrize("what", ["raise", "hang", "exit"])
+def test_a_prompt_that_an_engine_dies_over_is_refused_and_all_others_are_answered(
+    what: str, undisturbed: Curated, place: Path, faults: Path, store: Store
+) -> None:
+    faults.write_text(json.dumps({BAD: what}))
+    wanted = config(place, deadline=3)
+    prompt_set = ingest(wanted.ingest, store)
+    completions = generate(wanted.generate, prompt_set, store)
+    assert completions.counts.dropped == {"refused: engine died": 1}
+    assert completions.counts.out == 23
+    found, expected = texts(completions, store), texts(undisturbed.completions, undisturbed.store)
+    assert [found[key] == expected[key] for key in expected].count(False) == 1
+    assert sorted(map(len, found.values()))[:2] == [0, 2]
+    assert completions.work.engine_starts > 1
+    again = generate(wanted.generate, prompt_set, store)
+    assert again.work.engine_starts == 0
+
+
+@pytest.mark.parametrize("what", ["raise once", "exit once"])
+def test_an_engine_that_dies_once_leaves_no_trace_in_what_is_published(
+    what: str, undisturbed: Curated, place: Path, faults: Path, store: Store
+) -> None:
+    faults.write_text(json.dumps({BAD: what}))
+    ran = curate_stages(config(place), store)
+    assert list(map(str, ran.versions)) == list(map(str, undisturbed.versions))
+    assert ran.completions.counts == undisturbed.completions.counts
+    assert store.list("faults") == []
+
+
+@pytest.mark.parametrize("what", ["raise", "exit"])
+def test_a_prompt_that_a_reward_model_dies_over_has_no_rewards_but_a_reason(
+    what: str, undisturbed: Curated, place: Path, faults: Path, store: Store
+) -> None:
+    wanted = config(place)
+    completions = generate(wanted.generate, ingest(wanted.ingest, store), store)
+    faults.write_text(json.dumps({BAD: what}))
+    rewards = score(wanted.score, completions, store)
+    assert rewards.counts.dropped == {"reward: engine died": 2}
+    assert rewards.counts.out == 46
+
+
+def test_an_engine_that_does_not_start_ends_the_run_at_once_with_its_words(
+    local_ray: Any, place: Path, faults: Path, store: Store
+) -> None:
+    faults.write_text(json.dumps({"start": "raise"}))
+    wanted = config(place)
+    prompt_set = ingest(wanted.ingest, store)
+    began = time.monotonic()
+    with pytest.raises(RunError, match="an engine did not start: RuntimeError: made to fail at 'start'"):
+        generate(wanted.generate, prompt_set, store)
+    assert time.monotonic() - began < 60
+
+
+def test_an_engine_that_dies_over_everything_ends_the_run(
+    local_ray: Any, place: Path, faults: Path, store: Store
+) -> None:
+    faults.write_text(json.dumps({"": "raise"}))
+    wanted = config(place)
+    prompt_set = ingest(wanted.ingest, store)
+    with pytest.raises(RunError, match="one request after the other, the last time: RuntimeError: made to fail"):
+        generate(wanted.generate, prompt_set, store)
+    assert store.list("completions") == []

@@ -1,0 +1,105 @@
+"""A store over real S3 that refuses, resets, stalls, is gone, or is written by two runs at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import curate_values, prompts, write_jsonl
+from tests.faults.proxy import Proxy, proxy
+from tests.faults.runs import report, start, wait_for
+from tests.services import SeaweedFS, environment, seaweedfs
+
+PROMPTS, SHARD = 48, 8
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def between(s3: SeaweedFS) -> Iterator[Proxy]:
+    with proxy(s3.endpoint) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("storage")
+    source = write_jsonl(folder / "prompts.jsonl", prompts(PROMPTS))
+    path = folder / "curate.yaml"
+    path.write_text(yaml.safe_dump(curate_values(source, ingest={"source": str(source), "shard_size": SHARD})))
+    return path
+
+
+@pytest.fixture
+def env(s3: SeaweedFS, between: Proxy, prefect_api: str, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The store's server is the proxy."""
+    between.rule, between.seen, between.failed = (lambda method, path: None), [], []
+    yield environment(
+        **{**s3.environment(), "AWS_ENDPOINT_URL": between.url},
+        PREFECT_API_URL=prefect_api,
+        PREFECT_HOME=str(tmp_path / "prefect"),
+    )
+    between.rule = lambda method, path: None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(configuration: Path, s3: SeaweedFS, prefect_api: str, tmp_path_factory: Any) -> dict[str, Any]:
+    home = str(tmp_path_factory.mktemp("prefect"))
+    direct = environment(**s3.environment(), PREFECT_API_URL=prefect_api, PREFECT_HOME=home)
+    return report(start(configuration, f"s3://{s3.bucket}/undisturbed", direct))
+
+
+def every(number: int, what: Any) -> Callable[[str, str], Any]:
+    """Something for about one request in so many; which ones is drawn."""
+    rng = random.Random(number)
+    return lambda method, path: what if rng.random() < 1 / number else None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [every(6, 500), every(6, 503), every(8, "reset"), every(8, "lost"), every(4, 0.5)],
+    ids=["500", "503 SlowDown", "reset", "answer lost", "slow"],
+)
+def test_a_server_that_fails_now_and_then_changes_nothing(
+    rule: Any, configuration: Path, between: Proxy, s3: SeaweedFS, env: dict[str, str], undisturbed: Any, request: Any
+) -> None:
+    between.rule = rule
+    store = f"s3://{s3.bucket}/{request.node.callspec.id.replace(' ', '-')}"
+    found = report(start(configuration, store, env))
+    assert len(between.failed) > 5
+    assert found["subsets"] == undisturbed["subsets"]
+    assert [stage["dropped"] for stage in found["stages"]] == [stage["dropped"] for stage in undisturbed["stages"]]
+
+
+def test_a_server_that_is_gone_for_a_minute_is_waited_for_or_a_rerun_goes_on(
+    configuration: Path, between: Proxy, s3: SeaweedFS, env: dict[str, str], undisturbed: Any
+) -> None:
+    store = f"s3://{s3.bucket}/gone"
+    run = start(configuration, store, env)
+    wait_for(lambda: any(method == "PUT" and "/completions/" in path for method, path in between.seen), run)
+    s3.stop(force=True)
+    time.sleep(60)
+    s3.start()
+    out, log = run.communicate(timeout=300)
+    found = json.loads(out) if run.returncode == 0 else report(start(configuration, store, env))
+    print("went on" if run.returncode == 0 else log[-500:])
+    assert found["subsets"] == undisturbed["subsets"]
+
+
+def test_two_runs_on_one_store_at_once_publish_the_same(
+    configuration: Path, between: Proxy, s3: SeaweedFS, env: dict[str, str], undisturbed: Any
+) -> None:
+    store = f"s3://{s3.bucket}/both"
+    reports = [report(run) for run in [start(configuration, store, env), start(configuration, store, env)]]
+    assert [one["subsets"] for one in reports] == [undisturbed["subsets"]] * 2
