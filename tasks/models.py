@@ -44,7 +44,7 @@ def pinned(field: str, config: Any, store: Store) -> Any:
     if config.model.startswith(POLICY):
         return config.model_copy(update={"model": f"{POLICY}{identity(field, config, store)}"})
     if is_local_path(config.model):
-        return config.model_copy(update={"model": str(Path(config.model).expanduser().absolute())})
+        return config.model_copy(update={"model": str(Path(os.path.expanduser(config.model)).absolute())})
     return config.model_copy(update={"revision": identity(field, config, store).rpartition("@")[2]})
 
 
@@ -134,8 +134,8 @@ def identity(field: str, config: Any, store: Store) -> str:
     if name.startswith(POLICY):
         return str(find_version(store, name.removeprefix(POLICY), kind="policies"))
     if is_local_path(name):
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
+        folder = Path(os.path.expanduser(name))
+        if not os.path.isfile(folder / "config.json"):
             raise ConfigError(f"{field}: model folder {name!r} does not exist or holds no config.json; check the path")
         return folder_digest(folder)
     return hub_commit(field, name, config.revision)
@@ -145,7 +145,7 @@ def local(name: str, store: Store) -> str:
     """A name that from_pretrained takes; a policy's files are fetched from the store first."""
     if name.startswith(POLICY):
         return str(fetch_policy(store, name.removeprefix(POLICY)))
-    return str(Path(name).expanduser()) if is_local_path(name) else name
+    return os.path.expanduser(name) if is_local_path(name) else name
 
 
 def fetch_policy(store: Store, wanted: str) -> Path:
@@ -196,7 +196,7 @@ def function_source(config: ScorerConfig) -> Path:
         except (ImportError, ValueError):
             spec = None
         source = Path(spec.origin) if spec and spec.origin else Path(module)
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise ConfigError(f"score: function {config.function!r}: no module or file {module!r}; check the path")
     return source
 
