@@ -130,6 +130,7 @@ def run_tasks(config: HarnessConfig, generator: GeneratorConfig, model: str) -> 
         "pretrained": model,
         "dtype": generator.dtype,
         "trust_remote_code": generator.trust_remote_code,
+        "use_safetensors": True,
         **({"revision": generator.revision} if generator.revision else {}),
         **({"max_length": generator.max_model_len} if generator.max_model_len else {}),
     }

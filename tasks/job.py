@@ -106,6 +106,7 @@ class Job:
             "model": models.identity("policy.model", config.policy, self.store),
             "dtype": config.policy.dtype,
             "max_length": config.train.max_length,
+            "special_tokens": "left out",  # which pairs there is a row for
             "swapped": getattr(config.train.settings, "swapped", False),
         }
         if name != "sums":
