@@ -78,11 +78,15 @@ def known_import(config: ImportConfig, store: Store) -> Rewards | None:
     inputs = _inputs(config)
     if not store.exists(pointer(inputs)):
         return None
-    about = store.read_object(pointer(inputs), "set", "counts", "generator", "scorers", "ratings")
-    for unit in ("rows", "completions"):
-        if unit in about:
-            check_share(config, Counts(**about[unit]), lambda: examples_of(store, inputs), unit)
-    return _handle(about, Work(shards_reused=about["shards"]))
+    about = store.read_object(pointer(inputs))
+    try:
+        known = _handle(about, Work(shards_reused=about["shards"]))
+        parts = {unit: Counts(**about[unit]) for unit in ("rows", "completions") if unit in about}
+    except (KeyError, TypeError) as error:
+        raise store.damaged(pointer(inputs)) from error
+    for unit, counts in parts.items():
+        check_share(config, counts, lambda: examples_of(store, inputs), unit)
+    return known
 
 
 def preview(config: ImportConfig, prompts: int = 3) -> dict[str, Any]:

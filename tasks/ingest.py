@@ -58,7 +58,10 @@ def known_prompts(config: IngestConfig, store: Store) -> PromptSet | None:
     if not store.exists(pointer(inputs)):
         return None
     known = store.read_object(pointer(inputs), "set", "counts")
-    counts = Counts(**known["counts"])
+    try:
+        counts = Counts(**known["counts"])
+    except TypeError as error:
+        raise store.damaged(pointer(inputs)) from error
     check_share(config, counts, lambda: examples_of(store, inputs))
     return PromptSet(known["set"], counts)
 

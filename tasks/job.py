@@ -171,7 +171,7 @@ class Job:
         place = complete.rpartition("/")[0]
         target = room / "resume" / place.rpartition("/")[2]
         told = self.store.read_object(complete, "files")
-        if not all(inside(file) for file in told["files"]):
+        if not isinstance(told["files"], list) or not all(inside(file) for file in told["files"]):
             raise self.store.damaged(complete)
         for file in told["files"]:
             self.store.fetch(f"{place}/{file}", target / file)

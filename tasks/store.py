@@ -192,8 +192,10 @@ class Store:
         try:
             with pq.ParquetFile(self.full(path) if self.local else pa.BufferReader(self.read(path))) as file:
                 yield file
-        except pa.ArrowException as error:
-            raise self.damaged(path) from error
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is None:  # with a number it is the disk's or the network's
+                raise self.damaged(path) from error
+            raise
 
     def create_table(self, path: str, table: pa.Table) -> bool:
         sink = io.BytesIO()
