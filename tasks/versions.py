@@ -163,7 +163,7 @@ def _intact(raw: bytes, name: str, version: str) -> dict[str, Any]:
         named = content_version(content) == version == manifest["version"] and content["name"] == name
         Counts(**content["counts"])
         astray = [file["path"] for file in content["files"] if not inside(file["path"]) or not file["sha256"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RunError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RunError):
         raise ValueError("cannot be read") from None
     if not unchanged or not named:
         raise ValueError("was changed: its digest or its content's name differs")
