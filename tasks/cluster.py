@@ -11,7 +11,6 @@ import importlib
 import logging
 import os
 import queue
-import secrets
 import sys
 import threading
 import time
@@ -44,9 +43,6 @@ def connect(address: str = "local") -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data makes the core log an error per pool
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address == "local" and "RAY_AUTH_MODE" not in os.environ and not _has_ray():
-        # Ray listens on every interface, and runs what it is sent: only who has this process's token may send.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     if ray.is_initialized():

@@ -19,8 +19,9 @@ from tasks.errors import ConfigError, RunError
 from tasks.job import Job
 from tasks.store import Store, to_json
 from tasks.versions import content_version, damage, fetch_version, find_version
-from tests.conftest import Curated, curate_values, files_below, prompts, write_jsonl
+from tests.conftest import copy_store, curate_values, files_below, prompts, write_jsonl
 from tests.hostile.corpus import TEXTS, HostileConfiguration, hostile_configurations
+from tests.hostile.test_rows import publish_import
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -73,6 +74,20 @@ def test_a_hostile_configuration_ends_with_status_2_and_one_message(
     assert not new and {path: there[path] for path in before} == before
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with the subset `top`; read it only."""
+    folder = tmp_path_factory.mktemp("shelf")
+    rows = [{"prompt": f"p{i}", "text": f"t{j}", "score": i * j} for i in range(8) for j in range(3)]
+    values = {
+        "store": str(folder / "store"),
+        "import": {"source": str(write_jsonl(folder / "p.jsonl", rows)), "ratings": [{"name": "score"}]},
+        "subset": [{"name": "top", "steps": [{"rank": "pvar", "fraction": 0.5}]}],
+    }
+    publish_import(values)
+    return Store(folder / "store")
+
+
 @pytest.mark.parametrize("flow", ["train", "evaluate", "experiment", "curate"])
 @pytest.mark.parametrize(
     "content", [b"a: &a [*a]", b"x: .nan", b"{}", b"subset: ../../x\nname: ../x\npolicy: {model: x}"]
@@ -104,11 +119,11 @@ NAMES = [
     "wanted", [*NAMES, *(text for text in TEXTS.values() if "\x00" not in text)], ids=lambda w: w[:20]
 )
 def test_no_name_of_a_subset_leads_out_of_the_store(
-    command: str, wanted: str, cli: Command, fake_run: Curated, tmp_path: Path
+    command: str, wanted: str, cli: Command, shelf: Store, tmp_path: Path
 ) -> None:
     if wanted.startswith("-"):
         wanted = f"./{wanted}"
-    status, out, err = cli(command, wanted, "--store", fake_run.store.url, "--json")
+    status, out, err = cli(command, wanted, "--store", shelf.url, "--json")
     assert (status, out) == (2, "") and err.startswith("prefsieve: ")
     assert not list(tmp_path.iterdir())
 
@@ -117,14 +132,10 @@ def test_no_name_of_a_subset_leads_out_of_the_store(
 
 
 @pytest.fixture
-def published(fake_run: Curated, tmp_path: Path) -> tuple[Store, Path]:
-    """The subset `top` alone, free to be changed; its folder."""
-    place = fake_run.versions[0].place
-    target = tmp_path / "store"
-    shutil.copytree(Path(fake_run.store.url) / place, target / place)
-    pointer = Path(place).parent / "latest.json"
-    shutil.copy(Path(fake_run.store.url) / pointer, target / pointer)
-    return Store(target), target / place
+def published(shelf: Store, tmp_path: Path) -> tuple[Store, Path]:
+    """The subset `top`, free to be changed; its folder."""
+    store = copy_store(shelf, tmp_path / "store")
+    return store, Path(store.full(find_version(store, "top").place))
 
 
 BROKEN: dict[str, bytes] = {
@@ -216,7 +227,7 @@ def test_a_manifest_that_names_files_outside_its_folder_is_refused_and_nothing_i
 
 @pytest.mark.parametrize("path", ASTRAY[:4], ids=repr)
 def test_a_version_whose_manifest_leads_outside_is_not_fetched(
-    path: str, fake_run: Curated, published: tuple[Store, Path], tmp_path: Path
+    path: str, published: tuple[Store, Path], tmp_path: Path
 ) -> None:
     store, folder = published
     version = find_version(store, "top")
