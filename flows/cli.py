@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from flows.values import load_values, shortened
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
 from tasks.errors import ConfigError, RunError, is_network_fault
 from tasks.experiments import ExperimentConfig
@@ -38,6 +39,8 @@ FLOWS: dict[str, type[RunConfig]] = {
     "evaluate": EvaluateConfig,
     "experiment": ExperimentConfig,
 }
+
+_MOST_ERRORS = 20  # shown of a configuration
 
 Config = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
 Set = Annotated[list[str], typer.Option("--set", help="Change a value: --set generate.samples=16", show_default=False)]
@@ -129,22 +132,26 @@ def submit(
 @app.command()
 def subsets(store: StoreUrl = "", as_json: AsJson = False) -> None:
     """List the published subsets."""
-    from flows.shelf import list_subsets
+    from flows.shelf import list_subsets, manifests_of
 
-    _print(as_json, list_subsets(_store(store)), "subsets_markdown")
+    shelf = _store(store)
+    with manifests_of(shelf):
+        _print(as_json, list_subsets(shelf), "subsets_markdown")
 
 
 @app.command()
 def show(wanted: Wanted, row: Row = "", store: StoreUrl = "", as_json: AsJson = False) -> None:
     """What a subset holds, how it was made, and its first rows; --row tells why a prompt's pair is in or out."""
-    if row:
-        from flows.why import why
+    from flows.shelf import manifests_of, show_subset
 
-        _print(as_json, why(_store(store), wanted, row), "why_markdown")
-        return
-    from flows.shelf import show_subset
+    shelf = _store(store)
+    with manifests_of(shelf):
+        if row:
+            from flows.why import why
 
-    _print(as_json, show_subset(_store(store), wanted), "show_markdown")
+            _print(as_json, why(shelf, wanted, row), "why_markdown")
+        else:
+            _print(as_json, show_subset(shelf, wanted), "show_markdown")
 
 
 @app.command()
@@ -204,23 +211,6 @@ def main() -> None:
 # --- configuration
 
 
-def load_values(path: Path, changes: list[str], store: str) -> dict[str, Any]:
-    """The YAML file's values with --set and --store applied."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping with sections such as `ingest:`")
-    for change in changes:
-        _set(values, change)
-    return {**values, "store": store} if store else values
-
-
 def parse(flow: str, values: dict[str, Any], path: Path) -> Any:
     """The flow's configuration model; ConfigError names field, value and what to do."""
     if flow not in FLOWS:
@@ -234,33 +224,18 @@ def parse(flow: str, values: dict[str, Any], path: Path) -> Any:
 def describe_errors(error: ValidationError) -> str:
     """pydantic's findings, one a line: field, what is wrong, value."""
     lines = []
-    for found in error.errors():
-        field = ".".join(map(str, found["loc"]))
+    for found in error.errors(include_url=False)[:_MOST_ERRORS]:
+        field = ".".join(str(part)[:64] for part in found["loc"])
         message = found["msg"].removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
             message = "no such field; check the spelling, or remove it"
         elif found["type"] == "missing":
             message = "this field is required"
         value = found.get("input") if found["type"] != "extra_forbidden" else None  # `api_key` may hold one
-        shown = f" (got {value!r})" if field and isinstance(value, str | int | float | bool) else ""
+        shown = f" (got {shortened(value)})" if field and isinstance(value, str | int | float | bool) else ""
         lines.append(f"{field}: {message}{shown}" if field else message)
-    return "\n  ".join(lines)
-
-
-def _set(values: dict[str, Any], change: str) -> None:
-    import yaml
-
-    field, equals, text = change.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {change!r}: write field=value, for example --set generate.samples=16")
-    *parents, last = field.split(".")
-    target: Any = values
-    try:
-        for name in parents:
-            target = target[int(name)] if isinstance(target, list) else target.setdefault(name, {})
-        target[int(last) if isinstance(target, list) else last] = yaml.safe_load(text)
-    except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--set {change!r}: there is no such place in the configuration") from error
+    more = error.error_count() - len(lines)
+    return "\n  ".join([*lines, *([f"... and {more:,} more"] if more else [])])
 
 
 def _parse_any(values: dict[str, Any], path: Path) -> Any:

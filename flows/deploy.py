@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flows.cli import describe_errors, parse
+from flows.values import read_yaml
 from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,12 +106,7 @@ def deploy_all(file: Path) -> None:
 
 def read_deployments(file: Path) -> list[Deployment]:
     """The file's deployments; their parameters have passed the flow's own checks, so no schedule starts a wrong run."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}; name the file with --file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(file)
     try:
         deployments = _File.model_validate(content).deployments
     except ValidationError as error:

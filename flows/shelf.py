@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +26,20 @@ from tasks.records import Counts, Version
 from tasks.sections import ImportConfig
 from tasks.store import Store
 from tasks.versions import damage, find_version, list_versions, locate, read_manifest
+
+
+@contextlib.contextmanager
+def manifests_of(store: Store) -> Iterator[None]:
+    """RunError for what prefsieve did not write: a seal tells that a manifest was changed, not who made it."""
+    try:
+        yield
+    except (ConfigError, UnicodeEncodeError):
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(
+            f"{store.url} holds a manifest that prefsieve did not write: {type(error).__name__}: {str(error)[:200]}; "
+            "`prefsieve verify` does not tell, since it is whole; remove that version"
+        ) from error
 
 
 def list_subsets(store: Store) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _absolute(name: str, always: bool = False) -> str:
     if "://" in name or name.startswith("policy:"):
         return name
     is_path = always or is_local_path(name) or any(letter in name for letter in "*?[")
-    return str(Path(name).expanduser().absolute()) if is_path else name
+    return str(Path(os.path.expanduser(name)).absolute()) if is_path else name
 
 
 # --- the cluster

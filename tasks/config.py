@@ -8,7 +8,6 @@ too: a wrong name must not cost GPU time. The sections about data and engines ar
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
@@ -372,7 +371,7 @@ class EvaluateConfig(RunConfig):
 
 def is_local_path(name: str) -> bool:
     """A model or data name that can only be meant as a path on this machine."""
-    return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
+    return name.startswith(("/", "./", "../", "~")) or os.path.exists(name)
 
 
 def _known(where: str, name: str, known: list[str]) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.config import PAIR_SCORE
-from tasks.prompts import check_unicode, prompt_row
+from tasks.prompts import LONGEST_LABEL, check_unicode, prompt_row
 from tasks.sections import ImportConfig, RatingConfig, check_pair_ratings
 from tasks.sources import BadRow
 
@@ -208,6 +208,8 @@ def _generator(value: Any) -> str:
         raise BadRow("generator is no text", repr(value))
     name = _UNKNOWN if value in (None, "") else str(value)
     check_unicode(name)
+    if len(name) > LONGEST_LABEL:
+        raise BadRow("generator too long", name)
     return name
 
 

@@ -9,6 +9,7 @@ affair, which has a version of its own.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -56,8 +57,8 @@ def harness_found(config: HarnessConfig) -> str:
         raise ConfigError("harness: lm-evaluation-harness is not installed; install prefsieve[harness]")
     folders = [Path(next(iter(spec.submodule_search_locations))) / "tasks"]
     if config.include_path:
-        own = Path(config.include_path).expanduser()
-        if not own.is_dir() or not any(file.suffix in _YAML for file in own.rglob("*")):
+        own = Path(os.path.expanduser(config.include_path))
+        if not os.path.isdir(own) or not any(file.suffix in _YAML for file in own.rglob("*")):
             raise ConfigError(f"harness.include_path: {config.include_path!r} is no folder with YAML definitions")
         folders.insert(0, own)
     for name in config.tasks:
@@ -96,7 +97,7 @@ def _of_model(config: HarnessConfig, generator: GeneratorConfig, store: Store, a
 
 def _facts(config: HarnessConfig, generator: GeneratorConfig, store: Store) -> dict[str, Any]:
     """All that decides the results."""
-    own = sorted(Path(config.include_path).expanduser().rglob("*")) if config.include_path else []
+    own = sorted(Path(os.path.expanduser(config.include_path)).rglob("*")) if config.include_path else []
     return {
         "schema": SCHEMA_VERSION,
         "stage": "harness",
@@ -129,6 +130,7 @@ def run_tasks(config: HarnessConfig, generator: GeneratorConfig, model: str) -> 
         "pretrained": model,
         "dtype": generator.dtype,
         "trust_remote_code": generator.trust_remote_code,
+        "use_safetensors": True,
         **({"revision": generator.revision} if generator.revision else {}),
         **({"max_length": generator.max_model_len} if generator.max_model_len else {}),
     }
@@ -156,10 +158,10 @@ def _task_manager(config: HarnessConfig) -> Any:
     from lm_eval.tasks import TaskManager
 
     if config.include_path:
-        own = TaskManager(include_path=str(Path(config.include_path).expanduser()), include_defaults=False)
+        own = TaskManager(include_path=os.path.expanduser(config.include_path), include_defaults=False)
         if set(config.tasks) <= set(own.all_tasks):
             return own
-    return TaskManager(include_path=str(Path(config.include_path).expanduser()) if config.include_path else None)
+    return TaskManager(include_path=os.path.expanduser(config.include_path) if config.include_path else None)
 
 
 def _read(task: str, result: dict[str, Any], found: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import sqlite3
 import tempfile
@@ -77,11 +78,15 @@ def known_import(config: ImportConfig, store: Store) -> Rewards | None:
     inputs = _inputs(config)
     if not store.exists(pointer(inputs)):
         return None
-    about = store.read_json(pointer(inputs))
-    for unit in ("rows", "completions"):
-        if unit in about:
-            check_share(config, Counts(**about[unit]), lambda: examples_of(store, inputs), unit)
-    return _handle(about, Work(shards_reused=about["shards"]))
+    about = store.read_object(pointer(inputs))
+    try:
+        known = _handle(about, Work(shards_reused=about["shards"]))
+        parts = {unit: Counts(**about[unit]) for unit in ("rows", "completions") if unit in about}
+    except (KeyError, TypeError) as error:
+        raise store.damaged(pointer(inputs)) from error
+    for unit, counts in parts.items():
+        check_share(config, counts, lambda: examples_of(store, inputs), unit)
+    return known
 
 
 def preview(config: ImportConfig, prompts: int = 3) -> dict[str, Any]:
@@ -226,7 +231,7 @@ def _length(config: ImportConfig) -> tuple[Callable[[str], int], str]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"import.tokenizer: {config.tokenizer!r} cannot be loaded: {error}") from error
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]), "tokens"
@@ -244,8 +249,8 @@ def _tokenizer(name: str) -> str:
         return "words"
     if not is_local_path(name):
         return models.hub_commit("import.tokenizer", name)
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):
         raise ConfigError(f"import.tokenizer: {name!r} cannot be loaded: there is no such folder; check the path")
     return models.folder_digest(folder)
 

@@ -8,6 +8,7 @@ shards before are cut alike in every later source, so that what was paid for the
 from __future__ import annotations
 
 import math
+import re
 import sqlite3
 import tempfile
 import time
@@ -29,6 +30,7 @@ from tasks.sources import BadRow, read_rows, source_digest
 from tasks.store import Store
 
 _BLOCK = 1000  # rows between two progress reports
+_MARK = re.compile(r"prompts/cuts/(?P<first>[0-9a-f]+)\.(?P<rows>\d{1,9})\.(?P<name>[0-9a-f]+)")
 
 
 def ingest(config: IngestConfig, store: Store, report: Report = silent) -> PromptSet:
@@ -55,8 +57,11 @@ def known_prompts(config: IngestConfig, store: Store) -> PromptSet | None:
     inputs = inputs_digest(config)
     if not store.exists(pointer(inputs)):
         return None
-    known = store.read_json(pointer(inputs))
-    counts = Counts(**known["counts"])
+    known = store.read_object(pointer(inputs), "set", "counts")
+    try:
+        counts = Counts(**known["counts"])
+    except TypeError as error:
+        raise store.damaged(pointer(inputs)) from error
     check_share(config, counts, lambda: examples_of(store, inputs))
     return PromptSet(known["set"], counts)
 
@@ -77,7 +82,7 @@ def shards_of(store: Store, prompts: PromptSet) -> list[dict[str, Any]]:
     Completions depend on the prompts alone: they stand under `prompts`, so that another source label or a further kept
     column does not pay for them again.
     """
-    return store.read_json(f"prompts/{prompts.digest}/manifest.json")["shards"]
+    return store.read_object(f"prompts/{prompts.digest}/manifest.json", "shards")["shards"]
 
 
 def read_shard(store: Store, shard: str, columns: list[str] | None = None) -> pa.Table:
@@ -154,8 +159,8 @@ class ShardWriter:
         self.store, self.shard_size = store, shard_size
         self.cuts: dict[str, list[tuple[int, str]]] = defaultdict(list)  # first key -> rows, digest of all keys
         for mark in store.list("prompts/cuts"):
-            first, rows, name = mark.removeprefix("prompts/cuts/").split(".")
-            self.cuts[first].append((int(rows), name))
+            if named := _MARK.fullmatch(mark):
+                self.cuts[named["first"]].append((int(named["rows"]), named["name"]))
         self.shards: list[dict[str, Any]] = []
         self.open: list[dict[str, Any]] = []
         self.rows = 0

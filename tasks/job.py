@@ -18,7 +18,7 @@ import pyarrow as pa
 from tasks import models
 from tasks.config import TrainConfig, is_local_path
 from tasks.records import SCHEMA_VERSION, Counts, digest
-from tasks.store import Store, to_json
+from tasks.store import Store, inside, to_json
 from tasks.versions import fetch_version, find_version, publish_folder, read_manifest, remember_build
 
 _KEPT = 2  # checkpoints of a training that goes on, the last ones; an optimizer's state is larger than its model
@@ -106,6 +106,7 @@ class Job:
             "model": models.identity("policy.model", config.policy, self.store),
             "dtype": config.policy.dtype,
             "max_length": config.train.max_length,
+            "special_tokens": "left out",  # which pairs there is a row for
             "swapped": getattr(config.train.settings, "swapped", False),
         }
         if name != "sums":
@@ -169,7 +170,9 @@ class Job:
             return None
         place = complete.rpartition("/")[0]
         target = room / "resume" / place.rpartition("/")[2]
-        told = self.store.read_json(complete)
+        told = self.store.read_object(complete, "files")
+        if not isinstance(told["files"], list) or not all(inside(file) for file in told["files"]):
+            raise self.store.damaged(complete)
         for file in told["files"]:
             self.store.fetch(f"{place}/{file}", target / file)
         self.began_at, self.earlier_seconds = _step(complete), told.get("seconds", 0.0)

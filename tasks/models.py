@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ from tasks.versions import fetch_version, find_version
 
 POLICY = "policy:"
 _WEIGHTS = {".safetensors", ".bin"}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _TEXTS = {".json", ".jinja", ".model", ".txt", ".py"}
 
 
@@ -44,7 +45,7 @@ def pinned(field: str, config: Any, store: Store) -> Any:
     if config.model.startswith(POLICY):
         return config.model_copy(update={"model": f"{POLICY}{identity(field, config, store)}"})
     if is_local_path(config.model):
-        return config.model_copy(update={"model": str(Path(config.model).expanduser().absolute())})
+        return config.model_copy(update={"model": str(Path(os.path.expanduser(config.model)).absolute())})
     return config.model_copy(update={"revision": identity(field, config, store).rpartition("@")[2]})
 
 
@@ -134,18 +135,36 @@ def identity(field: str, config: Any, store: Store) -> str:
     if name.startswith(POLICY):
         return str(find_version(store, name.removeprefix(POLICY), kind="policies"))
     if is_local_path(name):
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
+        folder = Path(os.path.expanduser(name))
+        if not os.path.isfile(folder / "config.json"):
             raise ConfigError(f"{field}: model folder {name!r} does not exist or holds no config.json; check the path")
+        if not _takes_pickles(config):
+            _check_weights(field, name, [file.name for file in folder.iterdir()])
         return folder_digest(folder)
-    return hub_commit(field, name, config.revision)
+    return hub_commit(field, name, config.revision, pickles=_takes_pickles(config))
+
+
+def _takes_pickles(config: Any) -> bool:
+    """Whether somebody has asked for weights that are no safetensors."""
+    arguments = getattr(config, "engine_args", {})
+    return "load_format" in arguments or arguments.get("use_safetensors", True) is not True
+
+
+def _check_weights(field: str, name: str, files: Sequence[str]) -> None:
+    """A pickle of weights runs whatever code its writer put there; safetensors hold numbers alone."""
+    pickles = [file for file in files if Path(file).suffix in _PICKLES and file != "training_args.bin"]
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        raise ConfigError(
+            f"{field}: model {name!r} has its weights as pickles ({pickles[0]}), which may run code; take a revision "
+            "with safetensors, or, if you trust it, load it once with transformers and save_pretrained it to a folder"
+        )
 
 
 def local(name: str, store: Store) -> str:
     """A name that from_pretrained takes; a policy's files are fetched from the store first."""
     if name.startswith(POLICY):
         return str(fetch_policy(store, name.removeprefix(POLICY)))
-    return str(Path(name).expanduser()) if is_local_path(name) else name
+    return os.path.expanduser(name) if is_local_path(name) else name
 
 
 def fetch_policy(store: Store, wanted: str) -> Path:
@@ -196,7 +215,7 @@ def function_source(config: ScorerConfig) -> Path:
         except (ImportError, ValueError):
             spec = None
         source = Path(spec.origin) if spec and spec.origin else Path(module)
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise ConfigError(f"score: function {config.function!r}: no module or file {module!r}; check the path")
     return source
 
@@ -231,12 +250,16 @@ def _load_file(source: Path) -> ModuleType:
 
 
 @lru_cache(maxsize=256)
-def hub_commit(field: str, name: str, revision: str = "") -> str:
+def hub_commit(field: str, name: str, revision: str = "", pickles: bool = True) -> str:
+    """NAME@COMMIT of a model on the hub. pickles: whether it will do when its weights are no safetensors."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return f"{name}@{HfApi().model_info(name, revision=revision or None, timeout=20).sha}"
+        found = HfApi().model_info(name, revision=revision or None, timeout=20)
+        if not pickles:
+            _check_weights(field, name, [file.rfilename for file in found.siblings or []])
+        return f"{name}@{found.sha}"
     except HFValidationError as error:
         raise ConfigError(f"{field}: model {name!r} is neither a folder here nor a hub name; check the path") from error
     except (

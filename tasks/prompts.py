@@ -9,6 +9,7 @@ from tasks.records import digest
 from tasks.sections import ColumnsConfig, ImportConfig, IngestConfig
 from tasks.sources import BadRow
 
+LONGEST_LABEL = 1000  # characters; what is longer is a text, in the column that another name was meant for
 _ROLES = {"system", "user", "assistant", "tool"}
 
 
@@ -32,6 +33,8 @@ def prompt_row(prompt: Any, row: dict[str, Any], config: IngestConfig | ImportCo
     if size > config.max_chars:
         raise BadRow("prompt too long", f"{size} characters")
     source = str(row.get(columns.source) or "unknown")
+    if len(source) > LONGEST_LABEL:
+        raise BadRow("source too long", source)
     check_unicode("".join([*(message["content"] for message in messages), source]))
     return {
         "prompt_id": digest(messages),

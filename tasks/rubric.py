@@ -17,6 +17,7 @@ judge that thinks does so before its answer.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from tasks.sections import JudgeConfig
@@ -37,6 +38,11 @@ _VERDICTS = {
         '(A is a little better), "A=B" (a tie), "B>A" (B is a little better), "B>>A" (B is much better).'
     ),
 }
+# How chat templates mark turns. What serves an endpoint would take one in a text for its own: in JSON any letter has a
+# second way to be written, which no tokenizer knows as a token of its own.
+_MARK = re.compile(
+    r"<\||<\uff5c|</?s>|<(?:bos|eos|start_of_turn|end_of_turn|start_header|end_header)\b|\[/?(?:INST|SYS)\b"
+)
 _REMINDER = "Your last answer could not be read. Answer with the JSON object alone."
 
 
@@ -134,8 +140,12 @@ def facts(config: JudgeConfig) -> dict[str, Any]:
 def _messages(config: JudgeConfig, data: dict[str, Any]) -> Messages:
     return [
         {"role": "system", "content": instructions(config)},
-        {"role": "user", "content": json.dumps(data, ensure_ascii=False)},
+        {"role": "user", "content": _MARK.sub(_escaped, json.dumps(data, ensure_ascii=False))},
     ]
+
+
+def _escaped(mark: re.Match[str]) -> str:
+    return f"\\u{ord(mark[0][0]):04x}{mark[0][1:]}"
 
 
 def _object(answer: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ _MAX_FIELD = 64 * 2**20
 _DEEPEST = 500  # levels of a JSON row: as many as Python's own functions can walk through
 _OPENING, _CLOSING = {"start_map", "start_array"}, {"end_map", "end_array"}
 _BOM = b"\xef\xbb\xbf"
+_UNREADABLE = (ValueError, OverflowError, KeyError, ImportError)  # of a date in the year 300,000, a repeated field ...
 _BROKEN = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid, ijson.JSONError, csv.Error)
 
 
@@ -100,8 +102,8 @@ def format_of(config: SourceConfig) -> str:
     """The format asked for, or the one that the source's name tells."""
     if config.format != "auto":
         return config.format
-    path = Path(config.source).expanduser()
-    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+    folder = os.path.expanduser(config.source)
+    if any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_info.json", "dataset_dict.json")):
         return "disk"
     files = [Path(file) for _, file in _data_files(config, missing_ok=True)]
     if not files:
@@ -147,18 +149,39 @@ def _all_rows(config: SourceConfig) -> Iterator[dict[str, Any] | BadRow]:
 
 
 def _jsonl_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
-    for number, line in enumerate(file):
+    for number, line in enumerate(_lines(file)):
         if number == 0:
             line = line.removeprefix(_BOM)
-        if line.strip():
+        if len(line) > _MAX_FIELD:
+            yield BadRow("row too long", line[:2000].decode(errors="replace"))
+        elif line.strip():
             yield _json_row(line)
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    """Lines without their ends; of one that does not end, its beginning: a small compressed file may hold gigabytes."""
+    rest, cut = b"", False
+    while piece := file.read(1 << 20):
+        *lines, last = piece.split(b"\n")
+        for line in lines:
+            if not cut:
+                yield rest + line
+            rest, cut = b"", False
+        rest = b"" if cut else rest + last
+        if len(rest) > _MAX_FIELD:
+            yield rest
+            rest, cut = b"", True
+    if rest:
+        yield rest
 
 
 def _json_row(line: bytes) -> dict[str, Any] | BadRow:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError:
         return BadRow("not UTF-8", line.decode(errors="replace"))
+    except _Twice as twice:
+        return BadRow(str(twice), line.decode(errors="replace"))
     except ValueError:
         return BadRow("not JSON", line.decode(errors="replace"))
     except RecursionError:
@@ -173,18 +196,45 @@ def _json_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
         raise ijson.JSONError("it holds no array; where each line is an object, set ingest.format to jsonl")
     if not rest.head:
         return
-    depth, deepest, row = 0, 0, ijson.ObjectBuilder()
+    depth, deepest, row, twice = 0, 0, ijson.ObjectBuilder(_Once), ""
     # Not ijson.items: it keeps the path to every open level, 24 GB for an array nested 100,000 deep.
     for event, value in ijson.basic_parse(rest, use_float=True):
         depth += (event in _OPENING) - (event in _CLOSING)
         if depth == 0 or (depth == 1 and event in _OPENING):  # the end and the beginning of the array of rows
             continue
         deepest = max(deepest, depth - 1)
-        if deepest <= _DEEPEST:
-            row.event(event, value)
+        if deepest <= _DEEPEST and not twice:
+            try:
+                row.event(event, value)
+            except _Twice as error:
+                twice = str(error)
         if depth == 1:
-            yield _object(row.value) if deepest <= _DEEPEST else BadRow("nested too deeply", f"{deepest:,} levels")
-            deepest, row = 0, ijson.ObjectBuilder()
+            if deepest > _DEEPEST:
+                yield BadRow("nested too deeply", f"{deepest:,} levels")
+            else:
+                yield BadRow(twice, repr(row.value)) if twice else _object(row.value)
+            deepest, row, twice = 0, ijson.ObjectBuilder(_Once), ""
+
+
+class _Twice(ValueError):
+    def __init__(self) -> None:
+        super().__init__("a key stands twice")
+
+
+class _Once(dict[str, Any]):
+    """Refuses a key that it has."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self:
+            raise _Twice
+        super().__setitem__(key, value)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise _Twice
+    return row
 
 
 def _object(value: Any) -> dict[str, Any] | BadRow:
@@ -219,6 +269,8 @@ def _csv_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
             return
         if columns is None:
             columns = row
+            if twice := [name for name in columns if name and columns.count(name) > 1]:
+                raise csv.Error(f"two columns are called {twice[0][:100]!r}")
         elif len(row) > len(columns):
             yield BadRow("more fields than columns", repr(row[len(columns) :]))
         elif row:
@@ -230,7 +282,7 @@ def _parquet_rows(file: Any) -> Iterator[dict[str, Any] | BadRow]:
     for batch in pq.ParquetFile(file).iter_batches(batch_size=512):
         try:
             rows = batch.to_pylist()
-        except UnicodeDecodeError:
+        except _UNREADABLE:
             rows = [_parquet_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
         yield from rows
 
@@ -240,13 +292,20 @@ def _parquet_row(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", repr(error.object))
+    except _UNREADABLE as error:
+        return BadRow("no value that Python has", str(error))
 
 
 def _datasets_rows(config: SourceConfig, kind: str) -> Iterator[dict[str, Any] | BadRow]:
     import datasets
 
     if kind == "disk":
-        loaded = datasets.load_from_disk(str(Path(config.source).expanduser()))
+        try:
+            loaded = datasets.load_from_disk(os.path.expanduser(config.source))
+        except Exception as error:  # whatever is amiss in a folder of somebody's, it raises another kind
+            raise RunError(
+                f"{config.stage}.source {config.source!r} is damaged or no save_to_disk folder: {_first_line(error)}"
+            ) from error
         if isinstance(loaded, datasets.DatasetDict):
             if config.split not in loaded:
                 raise ConfigError(
@@ -273,7 +332,7 @@ def _data_files(config: SourceConfig, missing_ok: bool = False) -> list[tuple[An
 def _files(config: SourceConfig, missing_ok: bool = False) -> list[tuple[Any, str]]:
     """(filesystem, path) of every file that the source names, sorted."""
     try:
-        source = config.source if "://" in config.source else str(Path(config.source).expanduser())
+        source = config.source if "://" in config.source else os.path.expanduser(config.source)
         fs, path = fsspec.core.url_to_fs(source)
         fs.invalidate_cache()  # a listing from before would hide that a file has changed
         if fs.isfile(path):

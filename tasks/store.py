@@ -59,8 +59,10 @@ class Store:
             raise ConfigError(f"store: {str(url)!r} is neither a folder nor an s3://BUCKET URL; use one of these")
         self.url = str(url).rstrip("/")
         self.local = protocol == "file"
+        if not _is_name(self.url) or (not self.local and ".." in self.url.split("/")):
+            raise ConfigError(f"store: {str(url)[:200]!r} is no name that a folder or bucket can have; choose another")
         if self.local:
-            self.url = str(Path(self.url.removeprefix("file://")).expanduser().absolute())
+            self.url = str(Path(os.path.expanduser(self.url.removeprefix("file://"))).absolute())
             self.fs = fsspec.filesystem("file")
         else:
             self.fs = fsspec.filesystem(
@@ -156,12 +158,28 @@ class Store:
     # --- JSON and tables
 
     def read_json(self, path: str) -> Any:
-        return json.loads(self.read(path))
+        """RunError when the file is damaged."""
+        try:
+            return json.loads(self.read(path))
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(path) from error
+
+    def read_object(self, path: str, *keys: str) -> dict[str, Any]:
+        """A JSON object that has these keys. RunError when the file is damaged, or another's."""
+        found = self.read_json(path)
+        if not isinstance(found, dict) or any(key not in found for key in keys):
+            raise self.damaged(path)
+        return found
+
+    def damaged(self, path: str) -> RunError:
+        """To raise for a file that holds something else than what was written there."""
+        return RunError(f"{path} in {self.url} is damaged; remove it and run again")
 
     def create_json(self, path: str, value: Any) -> bool:
         return self.create(path, to_json(value))
 
     def read_table(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """RunError when the file is damaged."""
         with self._table(path) as file:
             return file.read(columns)
 
@@ -170,8 +188,15 @@ class Store:
         with self._table(path) as file:
             return file.schema_arrow.names
 
-    def _table(self, path: str) -> pq.ParquetFile:
-        return pq.ParquetFile(self.full(path) if self.local else pa.BufferReader(self.read(path)))
+    @contextlib.contextmanager
+    def _table(self, path: str) -> Iterator[pq.ParquetFile]:
+        try:
+            with pq.ParquetFile(self.full(path) if self.local else pa.BufferReader(self.read(path))) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is None:  # with a number it is the disk's or the network's
+                raise self.damaged(path) from error
+            raise
 
     def create_table(self, path: str, table: pa.Table) -> bool:
         sink = io.BytesIO()
@@ -280,6 +305,16 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
             yield from _leaves(f"{path}.{field.name}", field.type)
     else:
         yield path, kind
+
+
+def inside(path: Any) -> bool:
+    """Whether a relative path that a file of the store names stays in the folder that it is relative to."""
+    parts = path.split("/") if isinstance(path, str) and _is_name(path) else [""]
+    return not any(part in ("", ".", "..") for part in parts) and "\\" not in path
+
+
+def _is_name(path: str) -> bool:
+    return "\x00" not in path and not any("\ud800" <= letter <= "\udfff" for letter in path)
 
 
 def to_json(value: Any) -> bytes:

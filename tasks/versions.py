@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
@@ -19,8 +20,10 @@ from typing import Any
 
 from tasks.errors import ConfigError, RunError
 from tasks.records import Counts, Version
-from tasks.store import Store, to_json
+from tasks.store import Store, inside, to_json
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # of a control: its subset's, and what it is
+_VERSION = re.compile(r"[0-9a-f]{0,64}")
 _SOFTWARE = ("prefsieve", "pyarrow", "torch", "transformers", "trl", "ray", "prefect")
 
 
@@ -50,7 +53,7 @@ def find_build(store: Store, kind: str, name: str, inputs: str, claim: bool = Tr
     path = _build(kind, name, inputs)
     if not store.exists(path):
         return None
-    known = store.read_json(path)["version"]
+    known = store.read_object(path, "version")["version"]
     if not store.exists(f"{kind}/{name}/{known}/manifest.json"):
         return None  # somebody removed it
     version = find_version(store, f"{name}@{known}", kind)
@@ -75,6 +78,8 @@ def find_version(store: Store, wanted: str, kind: str = "subsets") -> Version:
 def locate(store: Store, wanted: str, kind: str = "subsets") -> tuple[str, str]:
     """Name and version of a version that exists, whatever state its files are in; ConfigError otherwise."""
     name, _, version = wanted.partition("@")
+    if not _NAME.fullmatch(name) or not _VERSION.fullmatch(version):
+        raise ConfigError(f"{wanted[:200]!r} is no name of a {_one(kind)}: give NAME or NAME@VERSION")
     version = version or _latest(store, kind, name)
     if not version:
         raise ConfigError(f"no {_one(kind)} {name!r} in {store.url}; there are: {_known(store, kind)}")
@@ -87,7 +92,7 @@ def locate(store: Store, wanted: str, kind: str = "subsets") -> tuple[str, str]:
 
 
 def read_manifest(store: Store, version: Version) -> dict[str, Any]:
-    return store.read_json(f"{version.place}/manifest.json")
+    return _read(store, f"{version.place}/manifest.json")
 
 
 def list_versions(store: Store, kind: str = "subsets") -> list[dict[str, Any]]:
@@ -102,17 +107,11 @@ def list_versions(store: Store, kind: str = "subsets") -> list[dict[str, Any]]:
 def damage(store: Store, version: Version, below: str = "") -> list[str]:
     """Recompute every digest (of files below a folder); what is wrong, in words. Empty: all is as published."""
     try:
-        raw = store.read(f"{version.place}/manifest.json")
-        manifest = json.loads(raw)
-        sealed = {key: manifest[key] for key in manifest if key != "sha256"}
-        intact = to_json({**sealed, "sha256": _seal(sealed)}) == raw
-        content = manifest["content"]
-        named = content_version(content) == version.version == manifest["version"]
-    except (ValueError, KeyError, TypeError):
-        return ["manifest.json: cannot be read"]
-    if not intact or not named:
-        return ["manifest.json: was changed: its digest or its content's name differs"]
-    listed = {file["path"]: file["sha256"] for file in content["files"] if file["path"].startswith(below)}
+        manifest = _intact(store.read(f"{version.place}/manifest.json"), version.name, version.version)
+    except ValueError as error:
+        return [f"manifest.json: {error}"]
+    files = manifest["content"]["files"]
+    listed = {file["path"]: file["sha256"] for file in files if file["path"].startswith(below)}
     there = {path.removeprefix(f"{version.place}/") for path in store.list(version.place)}
     problems = []
     for path, sha256 in listed.items():
@@ -146,11 +145,30 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 
 def _read(store: Store, path: str) -> dict[str, Any]:
+    """The manifest at <kind>/<name>/<version>/manifest.json; RunError when it is not as it was written."""
+    _, name, version, _ = path.split("/")
     try:
-        manifest = store.read_json(path)
-        Counts(**manifest["content"]["counts"])
-    except (ValueError, KeyError, TypeError, RunError) as error:
-        raise RunError(f"{path} in {store.url} is damaged; remove that folder and run again") from error
+        return _intact(store.read(path), name, version)
+    except ValueError as error:
+        raise RunError(f"{path} in {store.url} is damaged: {error}; remove that folder and run again") from error
+
+
+def _intact(raw: bytes, name: str, version: str) -> dict[str, Any]:
+    """A version's manifest, from the file's bytes; ValueError says what is wrong with it."""
+    try:
+        manifest = json.loads(raw)
+        sealed = {key: manifest[key] for key in manifest if key != "sha256"}
+        unchanged = to_json({**sealed, "sha256": _seal(sealed)}) == raw
+        content = manifest["content"]
+        named = content_version(content) == version == manifest["version"] and content["name"] == name
+        Counts(**content["counts"])
+        astray = [file["path"] for file in content["files"] if not inside(file["path"]) or not file["sha256"]]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RunError):
+        raise ValueError("cannot be read") from None
+    if not unchanged or not named:
+        raise ValueError("was changed: its digest or its content's name differs")
+    if astray:
+        raise ValueError(f"the file {str(astray[0])[:200]!r} leads out of the version's folder")
     return manifest
 
 
@@ -160,8 +178,8 @@ def _latest(store: Store, kind: str, name: str) -> str:
     if not store.exists(pointer):
         return ""
     try:
-        return str(store.read_json(pointer)["version"])
-    except (ValueError, KeyError, TypeError) as error:
+        return str(store.read_object(pointer, "version")["version"])
+    except RunError as error:
         raise RunError(f"{pointer} in {store.url} is damaged; run again to write it anew") from error
 
 

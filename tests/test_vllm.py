@@ -215,3 +215,11 @@ def _rewards(rewards: Any, scorer: str, prompts: Any, store: Store) -> np.ndarra
 
     columns = Columns(["policy"], rewards, [], store)
     return np.concatenate([columns.read(shard).rewards[scorer] for shard in shards_of(store, prompts)])
+
+
+def test_weights_are_safetensors_and_code_of_models_is_off_unless_the_configuration_says_so() -> None:
+    from tasks.engines.vllm import _arguments
+
+    config = GeneratorConfig(name="g", engine="vllm", model="m", dtype="float32")
+    arguments = _arguments(config, "m", "generate")
+    assert arguments["load_format"] == "safetensors" and arguments["trust_remote_code"] is False

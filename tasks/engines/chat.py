@@ -2,10 +2,18 @@
 
 Text rendered by a chat template is never tokenised a second time: a template writes its own BOS, and the tokenizer
 would add another.
+
+Special tokens are the template's alone. A message that writes one ("<|im_end|>") would end its turn and begin another
+in somebody else's name; it becomes plain text instead, letters and punctuation, and everything else in it is tokenised
+as ever. Where a tokenizer cannot do so the request is refused. A template that marks its turns by ordinary words has
+nothing that could be told apart.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,19 +27,20 @@ def prompt_ids(tokenizer: Any, messages: Messages, system_prompt: str = "") -> l
     A tokenizer without a chat template (a base model) gets a single user message as plain text; anything else raises
     ValueError, and so does what a template refuses, such as a system message.
     """
+    messages, hidden = _hide_marks(tokenizer, messages)
     if tokenizer.chat_template:
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        return _by_template(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer(system_prompt + _single_text(messages))["input_ids"]
+        return _by_template(tokenizer, messages, hidden, add_generation_prompt=True)
+    return _plain(tokenizer, system_prompt + _single_text(messages), hidden)
 
 
 def scored_ids(tokenizer: Any, messages: Messages, completion: str) -> list[int]:
     """Token ids of a prompt together with its completion, as a reward model reads them."""
+    whole, hidden = _hide_marks(tokenizer, [*messages, {"role": "assistant", "content": completion}])
     if tokenizer.chat_template:
-        whole = [*messages, {"role": "assistant", "content": completion}]
-        return _by_template(tokenizer, whole, add_generation_prompt=False)
-    return tokenizer(_single_text(messages) + completion)["input_ids"]
+        return _by_template(tokenizer, whole, hidden, add_generation_prompt=False)
+    return _plain(tokenizer, _single_text(whole[:-1]) + whole[-1]["content"], hidden)
 
 
 def written(tokenizer: Any, drawn: list[int], finish_reason: str) -> str:
@@ -45,13 +54,84 @@ def written(tokenizer: Any, drawn: list[int], finish_reason: str) -> str:
     return text.rstrip("\N{REPLACEMENT CHARACTER}") if finish_reason == "length" else text
 
 
-def _by_template(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> list[int]:
+def writes_marks(tokenizer: Any, texts: Iterable[str]) -> bool:
+    """Whether one of the texts writes a special token of the tokenizer."""
+    marks = _marks(tokenizer)
+    return any(marks.search(text) for text in texts)
+
+
+@lru_cache(maxsize=16)
+def _marks(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the tokenizer's special tokens in a text, the longest first."""
+    tokens = {str(token) for token in tokenizer.all_special_tokens}
+    tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token) or "(?!)")
+
+
+@lru_cache(maxsize=16)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Of all special tokens but the one for what is unknown, which may stand for any letter."""
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id})
+
+
+def _hide_marks(tokenizer: Any, messages: Messages) -> tuple[Messages, dict[str, str]]:
+    """The messages with a stand-in for each special token that their texts write; and what each stands for."""
+    marks = _marks(tokenizer)
+    if not any(marks.search(message["content"]) for message in messages):
+        return messages, {}
+    texts = "".join(message["content"] for message in messages)
+    private = next(letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in texts)
+    hidden: dict[str, str] = {}
+
+    def hide(found: re.Match[str]) -> str:
+        name = f"{private}{len(hidden)}{private}"
+        hidden[name] = found[0]
+        return name
+
+    return [{**message, "content": marks.sub(hide, message["content"])} for message in messages], hidden
+
+
+def _by_template(tokenizer: Any, messages: Messages, hidden: dict[str, str], add_generation_prompt: bool) -> list[int]:
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
+        if not hidden:
+            return tokenizer.apply_chat_template(messages, tokenize=True, **options)
+        return _revealed(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, **options), hidden)
     except TemplateError as error:
         raise ValueError(f"chat template: {error}") from error
+
+
+def _plain(tokenizer: Any, text: str, hidden: dict[str, str]) -> list[int]:
+    """Of a base model: with the BOS that its tokenizer puts in front, if it does."""
+    if not hidden:
+        return tokenizer(text)["input_ids"]
+    front = tokenizer("")["input_ids"]
+    if len(front) > 1:
+        raise ValueError("the text writes a special token, and the tokenizer puts more than a BOS around texts")
+    return [*front, *_revealed(tokenizer, text, hidden)]
+
+
+def _revealed(tokenizer: Any, text: str, hidden: dict[str, str]) -> list[int]:
+    """Token ids of a text, with what is hidden in it as plain letters."""
+    parts = re.split("(" + "|".join(hidden) + ")", text)
+    if missing := [token for name, token in hidden.items() if name not in parts]:
+        raise ValueError(f"the text writes the special token {missing[0]!r}, and the chat template changes texts")
+    ids: list[int] = []
+    for part in parts:
+        ids += _letters(tokenizer, hidden[part]) if part in hidden else _tokens(tokenizer, part)
+    return ids
+
+
+def _tokens(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, **options)["input_ids"] if text else []
+
+
+def _letters(tokenizer: Any, token: str) -> list[int]:
+    ids = _tokens(tokenizer, token, split_special_tokens=True)
+    if _special_ids(tokenizer).intersection(ids):
+        raise ValueError(f"the text writes the special token {token!r}, which this tokenizer cannot take as letters")
+    return ids
 
 
 def _single_text(messages: Messages) -> str:

@@ -26,6 +26,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, Omit, OpenAI
+from pydantic import SecretStr
 
 from tasks.engines import ChatRequest, Refused, Reply
 from tasks.errors import ConfigError, Unreachable
@@ -153,7 +154,7 @@ class OpenAIJudge:
         return said(fault, self.key)
 
 
-def api_key(config: ScorerConfig) -> str:
+def api_key(config: ScorerConfig) -> SecretStr:
     """The judge's key, or an empty one where none is asked for. ConfigError when its variable is not set here."""
     name = config.judge.api_key_env
     if name and not os.environ.get(name):
@@ -161,7 +162,7 @@ def api_key(config: ScorerConfig) -> str:
             f"scorer {config.name!r}: judge.api_key_env: {name} is not set here; set it before Ray starts, and in the "
             "environment of every node of a cluster"
         )
-    return os.environ[name].strip() if name else ""
+    return SecretStr(os.environ[name].strip() if name else "")
 
 
 def served(config: ScorerConfig) -> str:
@@ -192,22 +193,22 @@ def served(config: ScorerConfig) -> str:
     return f"serves {config.model}"
 
 
-def said(fault: Exception, key: str) -> str:
+def said(fault: Exception, key: SecretStr) -> str:
     """An endpoint's or the connection's words in one short line, without the key."""
     body = getattr(fault, "body", None)
     words = body.get("message") if isinstance(body, dict) else None
     status = getattr(fault, "status_code", "")
     reason = words or str(fault.__cause__ or "") or str(fault)
     line = " ".join(f"{status} {reason}".split())
-    return (line.replace(key, "***") if key else line)[:300]
+    return (line.replace(key.get_secret_value(), "***") if key else line)[:300]
 
 
-def _connection(config: ScorerConfig, key: str) -> dict[str, Any]:
+def _connection(config: ScorerConfig, key: SecretStr) -> dict[str, Any]:
     """Without `api_key` the library would take OPENAI_API_KEY, and send it to whatever endpoint this is."""
-    return {"base_url": config.judge.base_url, "api_key": key or "none", "max_retries": 0}
+    return {"base_url": config.judge.base_url, "api_key": key.get_secret_value() or "none", "max_retries": 0}
 
 
-def _headers(key: str) -> dict[str, Any]:
+def _headers(key: SecretStr) -> dict[str, Any]:
     return {} if key else {"Authorization": Omit()}
 
 

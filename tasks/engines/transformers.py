@@ -202,6 +202,7 @@ def _loading(config: ModelConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "revision": config.revision or None,
         "trust_remote_code": config.trust_remote_code,
+        "use_safetensors": True,
         **config.engine_args,
     }
 

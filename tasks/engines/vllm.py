@@ -138,6 +138,7 @@ def _arguments(config: ModelConfig, model: str, runner: str) -> dict[str, Any]:
         "revision": config.revision or None,
         "trust_remote_code": config.trust_remote_code,
         "max_model_len": config.max_model_len or None,
+        "load_format": "safetensors",
         "disable_log_stats": True,
     }
     if isinstance(config, ScorerConfig) and config.type == "judge":

@@ -10,6 +10,7 @@ from datasets import Dataset, load_dataset
 from numpy.typing import NDArray
 
 from tasks.config import TrainConfig
+from tasks.engines.chat import writes_marks
 from tasks.errors import RunError
 from tasks.records import Counts
 from tasks.training import TEXTS, check_columns
@@ -17,7 +18,8 @@ from tasks.training import TEXTS, check_columns
 
 def load_pairs(config: TrainConfig, data: Path, tokenizer: Any, cache: Path) -> tuple[Dataset, Counts]:
     """The pairs that fit into max_length, and how many there were. TRL would cut the longer ones, and drop the longest,
-    without a word.
+    without a word. It would also take a special token that a text writes for the template's own, and teach the policy
+    to begin turns: those pairs are left out too.
 
     data: folder with the version's Parquet files; cache: folder for what `datasets` keeps.
     """
@@ -29,11 +31,15 @@ def load_pairs(config: TrainConfig, data: Path, tokenizer: Any, cache: Path) -> 
     if getattr(settings, "swapped", False):
         pairs = pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"})
     max_length = config.train.max_length
-    fitting = pairs.filter(lambda row: _tokens(tokenizer, row) <= max_length)
-    dropped = len(pairs) - len(fitting)
+    plain = pairs.filter(lambda row: not writes_marks(tokenizer, _texts(row)))
+    fitting = plain.filter(lambda row: _tokens(tokenizer, row) <= max_length)
+    dropped = {"longer than max_length": len(plain) - len(fitting), "writes a special token": len(pairs) - len(plain)}
     if not len(fitting):
-        raise RunError(f"train: all {len(pairs)} pairs are longer than max_length {max_length}; raise it")
-    return fitting, Counts(len(pairs), len(fitting), {"longer than max_length": dropped} if dropped else {})
+        why = f"are longer than max_length {max_length}; raise it"
+        if not len(plain):
+            why = "write a special token of the model's tokenizer, such as the one that ends a turn"
+        raise RunError(f"train: all {len(pairs)} pairs {why}")
+    return fitting, Counts(len(pairs), len(fitting), {reason: number for reason, number in dropped.items() if number})
 
 
 def numbers(pairs: Dataset, names: list[str]) -> dict[str, NDArray[np.float64]]:
@@ -57,6 +63,10 @@ def unpaired(pairs: Dataset, seed: int) -> Dataset:
         for prompt, completion, label in both
     ]
     return Dataset.from_list(rows)
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    return [message["content"] for column in TEXTS for message in row[column]]
 
 
 def _tokens(tokenizer: Any, row: dict[str, Any]) -> int:

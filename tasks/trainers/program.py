@@ -119,6 +119,7 @@ def _load(config: TrainConfig, model: str, dtype: str) -> Any:
         model,
         revision=config.policy.revision or None,
         trust_remote_code=config.policy.trust_remote_code,
+        use_safetensors=True,
         dtype=dtype,
     )
 

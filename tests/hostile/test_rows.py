@@ -1,0 +1,234 @@
+"""Hostile rows through ingest and import: kept as the text they are, or quarantined with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows.cli import main
+from tasks.errors import ConfigError, RunError
+from tasks.imports import import_
+from tasks.ingest import ingest, read_shard, shards_of
+from tasks.records import PromptSet
+from tasks.sections import ImportConfig, IngestConfig
+from tasks.sources import read_rows
+from tasks.store import Store
+from tests.hostile.corpus import (
+    TEXTS,
+    HostileFile,
+    HostileRow,
+    hostile_configurations,
+    hostile_files,
+    hostile_imports,
+    hostile_pairs,
+    hostile_rows,
+)
+
+GOOD = b'{"prompt": "the good one", "source": "here", "answer": 1}\n'
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder; at the end nothing but the source and the store may be in it, and nothing beside it."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    written = {path.name for path in folder.iterdir()} | {path.name for path in tmp_path.iterdir()}
+    assert {name.partition(".")[0] for name in written} <= {"here", "store", "source", "p"}
+
+
+def take(place: Path, content: bytes, name: str = "p.jsonl", **changes: Any) -> tuple[PromptSet, Store]:
+    (place / name).write_bytes(content)
+    store = Store(place / "store")
+    values = {"source": name, "max_quarantined": 1, "columns": {"keep": ["answer"]}, **changes}
+    return ingest(IngestConfig.model_validate(values), store), store
+
+
+def quarantined(store: Store) -> list[dict[str, Any]]:
+    [path] = [path for path in store.list("prompts/sources") if path.endswith(".quarantine.parquet")]
+    return store.read_table(path).to_pylist()
+
+
+def test_the_corpus_is_as_large_as_it_says() -> None:
+    rows = [*hostile_rows(), *hostile_imports(), *hostile_pairs()]
+    assert len(rows) + len(hostile_files()) + len(hostile_configurations()) > 600
+    assert len({row.name for row in hostile_rows()}) == len(hostile_rows())
+    assert len({one.name for one in hostile_configurations()}) == len(hostile_configurations())
+
+
+@pytest.mark.parametrize("row", hostile_rows(), ids=lambda row: row.name)
+def test_a_hostile_row_is_kept_as_it_is_or_quarantined_with_a_reason(row: HostileRow, place: Path) -> None:
+    found, store = take(place, row.line + b"\n" + GOOD)
+    assert found.counts.into == 2 and found.counts.out >= 1
+    bad = quarantined(store)
+    assert [one["reason"] for one in bad] in [[reason] if reason else [] for reason in row.reasons]
+    assert all(len(one["excerpt"]) <= 500 for one in bad)
+    if not bad and found.counts.out == 2:
+        given = json.loads(row.line)["prompt"]
+        [shard] = shards_of(store, found)
+        kept = read_shard(store, shard["digest"]).to_pylist()[0]["messages"]
+        expected = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        assert kept == [{"role": one["role"], "content": one["content"]} for one in expected]
+
+
+def test_all_hostile_rows_in_one_file_are_counted_one_by_one(place: Path) -> None:
+    rows = [row for row in hostile_rows() if len(row.line) < 10_000]
+    found, store = take(place, b"\n".join(row.line for row in rows) + b"\n" + GOOD)
+    bad = [row for row in rows if "" not in row.reasons]
+    assert found.counts.into == len(rows) + 1
+    assert len(quarantined(store)) >= len(bad)
+
+
+@pytest.mark.parametrize(
+    ("rows", "config"),
+    [(hostile_imports(), {"ratings": [{"name": "score"}]}), (hostile_pairs(), {})],
+    ids=["rated completions", "pairs"],
+)
+def test_hostile_completions_are_imported_as_they_are_or_quarantined(
+    rows: list[HostileRow], config: dict[str, Any], tmp_path: Path
+) -> None:
+    """One by one, behind a good row of the same form, each into a store of its own."""
+    forms = {
+        "text": b'{"prompt": "q", "generator": "g", "text": "good", "score": 2}\n',
+        "completion": b'{"prompt": "q", "completions": [{"text": "good", "score": 3}]}\n',
+        "chosen": b'{"prompt": "q", "chosen": "good", "rejected": "bad", "score_chosen": 1}\n',
+    }
+    for i, row in enumerate(rows):
+        kind = "completion" if b"completions" in row.line else "chosen" if b"chosen" in row.line else "text"
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "p.jsonl").write_bytes(forms[kind] + row.line + b"\n")
+        store = Store(folder / "store")
+        values = {"source": str(folder / "p.jsonl"), "max_quarantined": 1, **config}
+        found = import_(ImportConfig.model_validate(values), store)
+        counts = found.completions.counts
+        assert counts.into >= 2 and counts.out >= 1, row.name
+        assert sorted(path.name for path in folder.iterdir()) == ["p.jsonl", "store"], row.name
+
+
+@pytest.mark.parametrize("file", hostile_files(), ids=lambda file: file.name)
+def test_a_hostile_file_ends_in_words_or_in_rows_that_are_counted(file: HostileFile, place: Path) -> None:
+    started = time.monotonic()
+    try:
+        found, _ = take(place, file.content, file.file, columns={})
+    except (ConfigError, RunError) as error:
+        assert len(str(error)) < 2000 and "\n" not in str(error)
+        assert file.file in str(error)
+    else:
+        assert found.counts.into >= 1
+    assert time.monotonic() - started < 10
+
+
+def test_a_row_that_does_not_end_is_quarantined_and_the_next_one_is_read(place: Path) -> None:
+    found, store = take(place, b'{"prompt": "' + b"x" * (66 * 2**20) + b'"}\n' + GOOD)
+    assert [one["reason"] for one in quarantined(store)] == ["row too long"]
+    assert found.counts.out == 1
+
+
+def test_values_of_parquet_that_python_does_not_have_are_quarantined(place: Path) -> None:
+    table = pa.table({"prompt": ["far", "near"], "answer": pa.array([2**50, 0], pa.timestamp("ms"))})
+    pq.write_table(table, place / "source")
+    found, store = take(place, (place / "source").read_bytes(), "p.parquet")
+    assert found.counts.out == 1
+    assert [one["reason"] for one in quarantined(store)] == ["no value that Python has"]
+
+
+def test_fields_of_one_name_in_a_parquet_are_quarantined(place: Path) -> None:
+    struct = pa.StructArray.from_arrays([pa.array(["user"]), pa.array(["x"])], names=["role", "role"])
+    pq.write_table(pa.table({"prompt": struct, "answer": [1]}), place / "source")
+    with pytest.raises(ConfigError, match="holds no usable prompt"):
+        take(place, (place / "source").read_bytes(), "p.parquet")
+
+
+@pytest.mark.parametrize(
+    "about", [b"{}", b"[]", b'{"_data_files": [{"filename": "../../../etc/passwd"}]}', b"\xff", b"{"]
+)
+def test_a_folder_of_datasets_that_is_none_ends_in_words(about: bytes, place: Path) -> None:
+    folder = place / "source"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_bytes(about)
+    (folder / "state.json").write_bytes(about)
+    with pytest.raises((ConfigError, RunError), match="source"):
+        list(read_rows(IngestConfig(source="source")))
+
+
+def test_names_in_data_never_become_paths(place: Path) -> None:
+    """Sources, generators and ratings with every hostile text, through pairs and a subset to a published version."""
+    rows = [
+        {"prompt": f"p {i}", "source": text[:900], "generator": text[:900], "text": f"{text} {j}", "score": j + i / 100}
+        for i, text in enumerate(TEXTS.values())
+        for j in range(3)
+    ]
+    (place / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "store": str(place / "store"),
+        "import": {"source": "p.jsonl", "ratings": [{"name": "score"}]},
+        "subset": [{"name": "top", "steps": [{"rank": "margin", "fraction": 1.0}]}],
+    }
+    published = publish_import(config)
+    store = Store(place / "store")
+    assert all(all(letter.isalnum() or letter in "/._-" for letter in path) for path in store.list(""))
+    page = store.read(f"{published}/report.html").decode()
+    check_page(page)
+    card = re.sub(r"`[^`]*`", "", store.read(f"{published}/README.md").decode())  # code is shown as it is
+    assert card.count("---\n") >= 2 and not re.search(r"(?<!\\)<(script|img)", card)
+
+
+def publish_import(values: dict[str, Any]) -> str:
+    """The stages of curate on data that exist already; place of the first version."""
+    from tasks.config import CurateConfig
+    from tasks.pair import pair
+    from tasks.publish import publish
+    from tasks.subset import subset
+
+    config = CurateConfig.model_validate(values)
+    store = Store(config.store_url)
+    assert config.import_
+    rewards = import_(config.import_, store)
+    pairs = pair(config.pair[0], rewards, store)
+    [taken] = subset(config.subset[0], pairs, store)
+    return publish(config.publish, config.subset[0], taken, store).place
+
+
+def check_page(page: str) -> None:
+    """A browser finds no script, no handler and nothing to load in it."""
+    from html.parser import HTMLParser
+
+    class Elements(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            assert tag not in {"script", "iframe", "object", "embed", "img", "base", "form", "link"}, tag
+            for name, value in attributes:
+                assert not name.startswith("on"), (tag, name)
+                if name in {"href", "src", "action", "srcset"}:
+                    assert (value or "").startswith("#"), (tag, name, value)
+
+    Elements(convert_charrefs=True).feed(page)
+
+
+def test_hostile_texts_are_shown_without_commands_to_the_terminal(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": t, "text": t, "score": 1}) + "\n" for t in TEXTS.values())
+    )
+    (place / "source").write_text(
+        "import: {source: p.jsonl, ratings: [{name: score}]}\nsubset: [{name: t, steps: [{rank: random, count: 1}]}]\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["prefsieve", "import", "source", "--dry-run"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    out = capfd.readouterr().out
+    assert "\x1b]" not in out and "\x1b[2J" not in out and "\x07" not in out
+    assert os.listdir(place.parent) == ["here"]
