@@ -111,7 +111,7 @@ def _check_scalar(value: Any, where: str) -> None:
         if "\x00" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ConfigError(f"{where}: {shortened(value)} holds NUL, or half of a character; remove it")
     elif isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
-        raise ConfigError(f"{where}: {shortened(value)}; it must fit into 64")
+        raise ConfigError(f"{where}: {shortened(value)}; it must fit into 64 bits")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {value} is no finite number; give one, or remove the field")
     elif value is not None and not isinstance(value, int | float):
