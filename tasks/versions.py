@@ -79,7 +79,7 @@ def locate(store: Store, wanted: str, kind: str = "subsets") -> tuple[str, str]:
     """Name and version of a version that exists, whatever state its files are in; ConfigError otherwise."""
     name, _, version = wanted.partition("@")
     if not _NAME.fullmatch(name) or not _VERSION.fullmatch(version):
-        raise ConfigError(f"{wanted[:200]!r} is no name of a {_one(kind)}: give NAME or NAME@VERSION")
+        raise ConfigError(f"no {_one(kind)} {wanted[:200]!r}: give its name, NAME or NAME@VERSION")
     version = version or _latest(store, kind, name)
     if not version:
         raise ConfigError(f"no {_one(kind)} {name!r} in {store.url}; there are: {_known(store, kind)}")
@@ -150,7 +150,7 @@ def _read(store: Store, path: str) -> dict[str, Any]:
     try:
         return _intact(store.read(path), name, version)
     except ValueError as error:
-        raise RunError(f"{path} in {store.url} is damaged: {error}; remove that folder and run again") from error
+        raise RunError(f"{path} in {store.url} is damaged; remove that folder and run again ({error})") from error
 
 
 def _intact(raw: bytes, name: str, version: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _intact(raw: bytes, name: str, version: str) -> dict[str, Any]:
         sealed = {key: manifest[key] for key in manifest if key != "sha256"}
         unchanged = to_json({**sealed, "sha256": _seal(sealed)}) == raw
         content = manifest["content"]
-        named = content_version(content) == version == manifest["version"] and content["name"] == name
+        named = content_version(content) == version == manifest["version"] and content.get("name", name) == name
         Counts(**content["counts"])
         astray = [file["path"] for file in content["files"] if not inside(file["path"]) or not file["sha256"]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RunError):
