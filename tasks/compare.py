@@ -299,13 +299,16 @@ def _costs(
     policies: Policies, digests: dict[Cell, str], tables: dict[Cell, Table], manifests: dict[Cell, Any], store: Store
 ) -> dict[str, Any]:
     """By cell: tokens, and the seconds measured when it was made. Response tokens that the loss was taken of, from the
-    mean length of the subset's pairs; prompts are not counted."""
+    mean length of the subset's pairs; prompts are not counted. What seeds share is counted with the first of them."""
     train = known_costs(store, "train", policies.inputs.values())
     evaluate = known_costs(store, "evaluate", digests.values())
-    rows = []
+    rows: list[dict[str, Any]] = []
+    counted: set[str] = set()
     for cell, version in policies.versions.items():
-        content = manifests[cell]
-        steps = len(steps_of(store, version))
+        content, inputs = manifests[cell], policies.inputs[cell]
+        once = int(inputs not in counted)
+        counted.add(inputs)
+        steps = once * len(steps_of(store, version))
         summary = content.get("subset_summary") or {}
         lengths: list[Any] = [summary.get(f"mean_{side}_tokens") for side in ("chosen", "rejected")]
         pair = None if None in lengths else sum(float(length) for length in lengths)
@@ -316,9 +319,9 @@ def _costs(
                 "seed": cell.seed,
                 "steps": steps,
                 "training_tokens": None if pair is None else round(pair * steps * content["train"]["batch_size"]),
-                "generated_tokens": int(tables[cell]["tokens"].sum()),
-                "train_seconds": train.get(policies.inputs[cell]),
-                "evaluate_seconds": evaluate.get(digests[cell]),
+                "generated_tokens": once * int(tables[cell]["tokens"].sum()),
+                "train_seconds": train.get(inputs) if once else 0.0,
+                "evaluate_seconds": evaluate.get(digests[cell]) if once else 0.0,
             }
         )
     return {"cells": rows}

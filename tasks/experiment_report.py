@@ -120,7 +120,7 @@ def _tiles(result: dict[str, Any], costs: dict[str, Any]) -> list[dict[str, str]
     spent = [cell[what] for cell in cells for what in ("train_seconds", "evaluate_seconds")]
     tokens = [cell["training_tokens"] for cell in cells]
     return [
-        {"what": "policies trained", "value": number(len(cells)), "note": f"{len(result['seeds'])} per arm"},
+        {"what": "policies", "value": number(sum(cell["steps"] > 0 for cell in cells)), "note": "trained"},
         {"what": "held-out prompts", "value": number(result["prompts"]), "note": f"{result['samples']} samples each"},
         {
             "what": "training tokens",

@@ -346,6 +346,9 @@ def test_seeds_that_decide_nothing_share_a_policy(
     assert one == other
     (arm,) = [arm for arm in ran.result["arms"] if arm["objective"] == "sorted"]
     assert arm["by_seed"][0] == arm["by_seed"][1]
+    first, second = (cell for cell in ran.costs["cells"] if cell["objective"] == "sorted")
+    assert first["steps"] == 3 and first["train_seconds"] > 0 and first["generated_tokens"] > 0
+    assert [second[what] for what in ("steps", "training_tokens", "train_seconds", "generated_tokens")] == [0] * 4
     assert any("top x sorted" in warning and "share one policy" in warning for warning in ran.result["warnings"])
 
 
