@@ -12,10 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before anything imports a library that reads them: the tests need no network and use nobody's caches or servers.
 for _name in [name for name in os.environ if name.startswith(("PREFSIEVE_", "AWS_", "PREFECT_", "RAY_"))]:
@@ -159,7 +159,43 @@ def python(code: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.Co
     return subprocess.run(command, cwd=cwd, env=env, timeout=120, capture_output=True, text=True, check=False)
 
 
+class Result(NamedTuple):
+    """What a command ended with."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be one JSON document and nothing else."""
+        return json.loads(self.out)
+
+
+Command = Callable[..., Result]
+
+
 # --- fixtures
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`prefsieve` in this process, as the installed script calls it."""
+    from flows.cli import main
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["prefsieve", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err + captured.out
+        return Result(status, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture

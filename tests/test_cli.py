@@ -4,52 +4,25 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from flows.cli import main
-from tests.conftest import Curated, copy_store, curate_values, files_below, prompts, python, scorer, write_jsonl
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Standard output, which must be one JSON document and nothing else."""
-        return json.loads(self.out)
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`prefsieve` in this process, as the installed script calls it."""
-
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["prefsieve", *map(str, arguments)])
-        capfd.readouterr()
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err
-        return Result(status, captured.out, captured.err)
-
-    return run
+from tests.conftest import (
+    Command,
+    Curated,
+    copy_store,
+    curate_values,
+    files_below,
+    prompts,
+    python,
+    scorer,
+    write_jsonl,
+)
 
 
 @pytest.fixture

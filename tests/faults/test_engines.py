@@ -101,24 +101,22 @@ def test_a_prompt_that_a_reward_model_dies_over_has_no_rewards_but_a_reason(
     assert rewards.counts.out == 46
 
 
-def test_an_engine_that_does_not_start_ends_the_run_at_once_with_its_words(
-    local_ray: Any, place: Path, faults: Path, store: Store
+@pytest.mark.parametrize(
+    ("part", "said", "within"),
+    [
+        ("start", "an engine did not start: RuntimeError: made to fail at 'start'", 60),
+        ("", "one request after the other, the last time: RuntimeError: made to fail", 120),
+    ],
+    ids=["start", "every request"],
+)
+def test_an_engine_that_does_nothing_else_but_fail_ends_the_run_with_its_words(
+    part: str, said: str, within: float, local_ray: Any, place: Path, faults: Path, store: Store
 ) -> None:
-    faults.write_text(json.dumps({"start": "raise"}))
+    faults.write_text(json.dumps({part: "raise"}))
     wanted = config(place)
     prompt_set = ingest(wanted.ingest, store)
     began = time.monotonic()
-    with pytest.raises(RunError, match="an engine did not start: RuntimeError: made to fail at 'start'"):
+    with pytest.raises(RunError, match=said):
         generate(wanted.generate, prompt_set, store)
-    assert time.monotonic() - began < 60
-
-
-def test_an_engine_that_dies_over_everything_ends_the_run(
-    local_ray: Any, place: Path, faults: Path, store: Store
-) -> None:
-    faults.write_text(json.dumps({"": "raise"}))
-    wanted = config(place)
-    prompt_set = ingest(wanted.ingest, store)
-    with pytest.raises(RunError, match="one request after the other, the last time: RuntimeError: made to fail"):
-        generate(wanted.generate, prompt_set, store)
+    assert time.monotonic() - began < within
     assert store.list("completions") == []

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -210,9 +211,18 @@ def hostile_rows() -> list[HostileRow]:
     return [*texts, *wrong, *roles, *bytes_, *twice, *large]
 
 
+def _in_each(forms: dict[str, Callable[[str], str]]) -> list[HostileRow]:
+    """Every hostile value at the place that each form has for one."""
+    values = {**{what: json.dumps(text) for what, text in TEXTS.items()}, **_WRONG}
+    return [
+        HostileRow(f"{what} as the {place}", make(value).encode())
+        for place, make in forms.items()
+        for what, value in values.items()
+    ]
+
+
 def hostile_imports() -> list[HostileRow]:
     """For import, rows of every form; the rating `score`."""
-    values = {**{what: json.dumps(text) for what, text in TEXTS.items()}, **_WRONG}
     forms = {
         "text": lambda value: f'{{"prompt": "p", "generator": "g", "text": {value}, "score": 1}}',
         "generator": lambda value: f'{{"prompt": "p", "generator": {value}, "text": "t", "score": 1}}',
@@ -220,25 +230,16 @@ def hostile_imports() -> list[HostileRow]:
         "completion": lambda value: f'{{"prompt": "p", "completions": [{{"text": {value}, "score": 2}}, {value}]}}',
         "list of completions": lambda value: f'{{"prompt": "p", "completions": {value}}}',
     }
-    return [
-        HostileRow(f"{what} as the {place}", make(value).encode())
-        for place, make in forms.items()
-        for what, value in values.items()
-    ]
+    return _in_each(forms)
 
 
 def hostile_pairs() -> list[HostileRow]:
-    values = {**{what: json.dumps(text) for what, text in TEXTS.items()}, **_WRONG}
     forms = {
         "chosen": lambda value: f'{{"prompt": "p", "chosen": {value}, "rejected": "r"}}',
         "side": lambda value: f'{{"chosen": {value}, "rejected": {value}}}',
         "score": lambda value: f'{{"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": {value}}}',
     }
-    return [
-        HostileRow(f"{what} as the {place}", make(value).encode())
-        for place, make in forms.items()
-        for what, value in values.items()
-    ]
+    return _in_each(forms)
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,35 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.cli import main
 from tasks.errors import ConfigError, RunError
 from tasks.job import Job
 from tasks.store import Store, to_json
 from tasks.versions import content_version, damage, fetch_version, find_version
-from tests.conftest import copy_store, curate_values, files_below, prompts, write_jsonl
+from tests.conftest import Command, copy_store, curate_values, files_below, prompts, write_jsonl
 from tests.hostile.corpus import TEXTS, HostileConfiguration, hostile_configurations
 from tests.hostile.test_rows import publish_import
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`prefsieve` in this process: status, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prefsieve", *map(str, arguments)])
-        capfd.readouterr()
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
