@@ -11,8 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks import imports
@@ -141,6 +139,6 @@ def verify_subset(store: Store, wanted: str) -> dict[str, Any]:
 
 
 def _rows(store: Store, path: str) -> Any:
-    with pq.ParquetFile(pa.BufferReader(store.read(path))) as file:
+    with store.open_table(path) as file:
         for batch in file.iter_batches(batch_size=16):
             yield from batch.to_pylist()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ import pyarrow.compute as pc
 
 from tasks.errors import ConfigError, RunError
 from tasks.ingest import shards_of
-from tasks.pairtable import PairTable
+from tasks.pairtable import open_pairs
 from tasks.publish import Texts
 from tasks.records import PREFERENCES, Completions, Counts, Pairs, PromptSet, Rewards
 from tasks.store import Store
@@ -40,8 +38,7 @@ def why(store: Store, wanted: str, prompt_id: str) -> dict[str, Any]:
         raise RunError(
             f"pairs/{pairs.digest}, from which {version} was taken, is not in {store.url}; run curate again to make it"
         )
-    with tempfile.TemporaryDirectory() as room:
-        table = PairTable(store, pairs, Path(room))
+    with open_pairs(store, pairs) as table:
         ids = pa.chunked_array([batch["prompt_id"] for batch in table.batches(["prompt_id"])], pa.string())
         places = np.flatnonzero(pc.starts_with(ids, prefix).to_numpy())
         rows = table.rows_at(places.tolist())

@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -31,6 +32,12 @@ IN_FLIGHT = 3
 
 _LAST_WORDS = 1.0  # seconds for what else goes on in a process whose engine died
 
+# What Ray reports of a process that ended, and of each call that was open there.
+_DIED = re.compile(r"worker died.*Worker IP address: (?P<host>\S+).*Worker PID: (?P<pid>\d+)", re.DOTALL)
+_RETRIED = re.compile(r"Task \S+ failed\. There are infinite retries remaining")
+
+_SHOWN = 300  # characters of anything else that it reports
+
 _blocks = 0  # of `disconnecting`, in each other
 _executors: dict[str, list[Any]] = {}  # Ray Data's, of the runs of pools that go on
 
@@ -48,9 +55,11 @@ def connect(address: str = "local") -> Any:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data makes the core log an error per pool
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
+    import ray._private.worker
 
     if ray.is_initialized():
         return ray
+    ray._private.worker.print_to_stdstream = _say  # type: ignore[assignment]
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -69,6 +78,18 @@ def connect(address: str = "local") -> Any:
             "local, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
     return ray
+
+
+def _say(message: dict[str, Any], ignore_prefix: bool) -> None:
+    """In place of Ray's own way to show what a cluster reports to a driver: pages of advice, on standard output."""
+    for line in message["lines"]:
+        if died := _DIED.search(line):
+            words = f"process {died['pid']} on {died['host']} ended; what it had in hand goes to a fresh one"
+        elif _RETRIED.match(line):
+            continue
+        else:
+            words = f"ray: {line.splitlines()[0][:_SHOWN]}"
+        print(words, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -163,6 +184,8 @@ def _dataset(ray: Any, pool: Pool, run: str) -> Any:
         items.context.custom_execution_callback_classes = [_remembering(run)]
         items.context.enable_progress_bars = False
         items.context.print_on_execution_start = False
+        # A pool grows when all its actors are full; Ray Data's own threshold is above what IN_FLIGHT lets be reached.
+        items.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         return items.map_batches(
             _Actor,
             fn_constructor_args=(pool.worker, (*pool.arguments, run)),

@@ -20,7 +20,7 @@ from tasks.describe import number
 from tasks.experiments import ExperimentConfig
 from tasks.records import SCHEMA_VERSION, digest
 from tasks.report import environment, ticks
-from tasks.store import Store, to_json
+from tasks.store import Store, sealed, to_json
 
 _WIDTH, _HEIGHT = 340, 190  # of a curve, in its own units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 330, 12, 160
@@ -71,7 +71,7 @@ def keep(
             "files": {name: hashlib.sha256(store.read(f"{place}/{name}")).hexdigest() for name in files},
         }
         store.create_json(f"{place}/manifest.json", manifest)
-    store.replace(f"experiments/{config.name}/latest.json", to_json({"version": version}))
+    store.replace(f"experiments/{config.name}/latest.json", sealed({"version": version}))
     return Experiment(config.name, version, known)
 
 

@@ -6,9 +6,7 @@ read one at a time, so memory grows with the pairs by two columns of numbers.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 from tasks.config import RankStep, SubsetConfig
 from tasks.describe import describe
 from tasks.ingest import read_shard, shards_of
-from tasks.pairtable import PairTable
+from tasks.pairtable import PairTable, open_pairs
 from tasks.records import Selection, rounded
 from tasks.store import Store
 from tasks.subset import selection_path
@@ -33,8 +31,7 @@ Floats = NDArray[np.float64]
 def explain(subset: SubsetConfig, selection: Selection, store: Store) -> dict[str, Any]:
     """Plain data, the same for the same selection."""
     kept = store.read_json(selection_path(selection.pairs, selection.digest, "json"))
-    with tempfile.TemporaryDirectory() as room:
-        table = PairTable(store, selection.pairs, Path(room))
+    with open_pairs(store, selection.pairs) as table:
         inside = np.zeros(table.rows, np.bool_)
         inside[store.read_table(selection_path(selection.pairs, selection.digest))["pair"].to_numpy()] = True
         metrics: dict[str, Any] = {}
@@ -74,12 +71,12 @@ def overlap(selections: list[Selection], store: Store) -> list[dict[str, Any]]:
     """Of each two selections: how many prompts they share, and the share that is of the smaller one."""
     prompts: dict[str, NDArray[np.uint64]] = {}
     ids: dict[str, NDArray[np.uint64]] = {}
-    with tempfile.TemporaryDirectory() as room:
-        for selection in selections:
-            if selection.pairs.digest not in ids:
-                ids[selection.pairs.digest] = PairTable(store, selection.pairs, Path(room)).ids()
-            rows = store.read_table(selection_path(selection.pairs, selection.digest), ["pair"])["pair"].to_numpy()
-            prompts[selection.name] = np.unique(ids[selection.pairs.digest][rows])
+    for selection in selections:
+        if selection.pairs.digest not in ids:
+            with open_pairs(store, selection.pairs) as table:
+                ids[selection.pairs.digest] = table.ids()
+        rows = store.read_table(selection_path(selection.pairs, selection.digest), ["pair"])["pair"].to_numpy()
+        prompts[selection.name] = np.unique(ids[selection.pairs.digest][rows])
     return overlaps(prompts)
 
 

@@ -29,7 +29,17 @@ from tasks.config import is_local_path
 from tasks.errors import ConfigError, RunError
 from tasks.forms import Understood, form_of, ratings_of, understand
 from tasks.generate import completions_path
-from tasks.ingest import Quarantine, ShardWriter, check_share, example, examples_of, inputs_digest, pointer
+from tasks.ingest import (
+    Quarantine,
+    ShardWriter,
+    all_there,
+    check_share,
+    example,
+    examples_of,
+    inputs_digest,
+    pointer,
+    shards_of,
+)
 from tasks.progress import Meter, Report, silent
 from tasks.records import (
     IMPORTED,
@@ -43,6 +53,7 @@ from tasks.records import (
     digest,
     text_digest,
 )
+from tasks.samples import existing
 from tasks.score import rewards_path
 from tasks.sections import ImportConfig
 from tasks.sources import BadRow, read_rows
@@ -86,7 +97,17 @@ def known_import(config: ImportConfig, store: Store) -> Rewards | None:
         raise store.damaged(pointer(inputs)) from error
     for unit, counts in parts.items():
         check_share(config, counts, lambda: examples_of(store, inputs), unit)
-    return known
+    return known if _all_there(known, store) else None
+
+
+def _all_there(known: Rewards, store: Store) -> bool:
+    """Whether nobody removed a file, as is advised for damaged ones."""
+    if not all_there(store, known.completions.prompts):
+        return False
+    generator = known.completions.generators[_NAME]
+    shards = {shard["prompts"] for shard in shards_of(store, known.completions.prompts)}
+    places = [f"completions/{generator}", *(f"rewards/{scorer}/{generator}" for scorer in known.scorers.values())]
+    return all(shards <= existing(store, place).keys() for place in places)
 
 
 def preview(config: ImportConfig, prompts: int = 3) -> dict[str, Any]:

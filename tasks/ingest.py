@@ -53,7 +53,7 @@ def ingest(config: IngestConfig, store: Store, report: Report = silent) -> Promp
 
 
 def known_prompts(config: IngestConfig, store: Store) -> PromptSet | None:
-    """The prompt set of a source that was read before, with the same content and settings."""
+    """The prompt set of a source that was read before, with the same content and settings, if it is all there."""
     inputs = inputs_digest(config)
     if not store.exists(pointer(inputs)):
         return None
@@ -63,7 +63,16 @@ def known_prompts(config: IngestConfig, store: Store) -> PromptSet | None:
     except TypeError as error:
         raise store.damaged(pointer(inputs)) from error
     check_share(config, counts, lambda: examples_of(store, inputs))
-    return PromptSet(known["set"], counts)
+    prompts = PromptSet(known["set"], counts)
+    return prompts if all_there(store, prompts) else None
+
+
+def all_there(store: Store, prompts: PromptSet) -> bool:
+    """Whether nobody removed a file of a prompt set, as is advised for damaged ones."""
+    if not store.exists(_manifest(prompts.digest)):
+        return False
+    there = set(store.list("prompts/shards"))
+    return all(shard_path(shard["digest"]) in there for shard in shards_of(store, prompts))
 
 
 def inputs_digest(config: SourceConfig) -> str:
@@ -76,13 +85,17 @@ def pointer(inputs: str) -> str:
     return f"prompts/sources/{inputs}.json"
 
 
+def _manifest(prompt_set: str) -> str:
+    return f"prompts/{prompt_set}/manifest.json"
+
+
 def shards_of(store: Store, prompts: PromptSet) -> list[dict[str, Any]]:
     """The shards of a prompt set in order: [{"digest": of its rows, "prompts": of its prompt ids, "rows": how many}].
 
     Completions depend on the prompts alone: they stand under `prompts`, so that another source label or a further kept
     column does not pay for them again.
     """
-    return store.read_object(f"prompts/{prompts.digest}/manifest.json", "shards")["shards"]
+    return store.read_object(_manifest(prompts.digest), "shards")["shards"]
 
 
 def read_shard(store: Store, shard: str, columns: list[str] | None = None) -> pa.Table:
@@ -182,7 +195,7 @@ class ShardWriter:
         while self.open:
             self._cut()
         set_digest = digest(self.shards)
-        self.store.create_json(f"prompts/{set_digest}/manifest.json", {"shards": self.shards})
+        self.store.create_json(_manifest(set_digest), {"shards": self.shards})
         return set_digest
 
     def _cut(self) -> None:

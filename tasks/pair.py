@@ -39,7 +39,7 @@ from tasks.selection.pairing import KEPT, REASONS, Choice
 from tasks.selection.posterior import Posterior, Prior, fit_prior, posterior
 from tasks.selection.pvar import PooledScale, pvar_with_error
 from tasks.selection.ranking import Hashes, uniform
-from tasks.store import Store, parquet_options
+from tasks.store import Store, parquet_options, signed
 
 _THREADS = 3  # some read and decode while others compute; NumPy and Arrow let go of the interpreter
 
@@ -78,8 +78,9 @@ def pair(
         }
     )
     manifest_path = f"pairs/{table_digest}/manifest.json"
+    tables = [f"pairs/{table_digest}/{name}.parquet" for name in ("pairs", "drops")]
     shards = shards_of(store, completions.prompts)
-    if store.exists(manifest_path):
+    if {manifest_path, *tables} <= set(store.list(f"pairs/{table_digest}")):
         counts = Counts(**store.read_json(manifest_path)["counts"])
         Meter(report, "pair", counts.into, "prompts", reused=counts.into)
         return Pairs(config.name, table_digest, rewards, counts, Work(shards_reused=len(shards)))
@@ -87,8 +88,8 @@ def pair(
     survey = _survey(config, columns, scorer, shards)
     with store.room() as folder:
         manifest = _write(config, columns, survey, shards, folder, meter)
-        store.create_file(f"pairs/{table_digest}/pairs.parquet", folder / "pairs.parquet")
-        store.create_file(f"pairs/{table_digest}/drops.parquet", folder / "drops.parquet")
+        for path in tables:
+            store.create_file(path, folder / Path(path).name)
     store.create_json(manifest_path, manifest)
     work = Work(shards_made=len(shards), seconds=time.monotonic() - started)
     return Pairs(config.name, table_digest, rewards, Counts(**manifest["counts"]), work)
@@ -176,8 +177,8 @@ def _write(
     dropped: Counter[str] = Counter()
     sums: Counter[str] = Counter()
     with (
-        pq.ParquetWriter(folder / "pairs.parquet", schema, **parquet_options(schema)) as pairs,
-        pq.ParquetWriter(folder / "drops.parquet", DROPS, **parquet_options(DROPS)) as drops,
+        pq.ParquetWriter(folder / "pairs.parquet", signed(schema), **parquet_options(schema)) as pairs,
+        pq.ParquetWriter(folder / "drops.parquet", signed(DROPS), **parquet_options(DROPS)) as drops,
     ):
 
         def make(item: tuple[int, dict[str, Any]]) -> tuple[pa.Table, pa.Table, dict[str, Counter[str]]]:

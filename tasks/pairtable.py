@@ -5,8 +5,10 @@ A column of numbers takes 8 bytes a pair, so ten million pairs fit in memory by 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,17 @@ _PLACES = {"id_bits", "shard", "row", "chosen_sample", "rejected_sample"}  # int
 _BATCH = 65_536
 
 
+@contextlib.contextmanager
+def open_pairs(store: Store, pairs: Pairs) -> Iterator[PairTable]:
+    """The table, from a local copy where the store is not local. RunError, also in the block, when it is damaged."""
+    path = f"pairs/{pairs.digest}/pairs.parquet"
+    with tempfile.TemporaryDirectory() as room, store.open_table(path, store.at_hand(path, Path(room))) as file:
+        yield PairTable(store, pairs, file)
+
+
 class PairTable:
-    def __init__(self, store: Store, pairs: Pairs, folder: Path) -> None:
-        """folder: local room for a copy of the file."""
-        self.store, self.pairs = store, pairs
-        self.file = pq.ParquetFile(store.at_hand(f"pairs/{pairs.digest}/pairs.parquet", folder), memory_map=True)
+    def __init__(self, store: Store, pairs: Pairs, file: pq.ParquetFile) -> None:
+        self.store, self.pairs, self.file = store, pairs, file
         self.schema = self.file.schema_arrow
         self.rows: int = self.file.metadata.num_rows
 

@@ -21,7 +21,7 @@ from tasks.card import dataset_card
 from tasks.config import PublishConfig, SubsetConfig
 from tasks.explain import explain
 from tasks.ingest import read_shard, shards_of
-from tasks.pairtable import PairTable
+from tasks.pairtable import open_pairs
 from tasks.progress import Meter, Report, silent
 from tasks.records import (
     MESSAGES,
@@ -59,15 +59,14 @@ def publish(
         return known
     meter = Meter(report, "publish", selection.counts.out, "rows")
     with store.room() as folder:
-        room, target = folder / "room", folder / "version"
         ends = _Ends(selection.counts.out)
-        summary = _write_rows(config, selection, store, room, target / "data", meter, ends)
+        summary = _write_rows(config, selection, store, folder / "data", meter, ends)
         counts = {"into": selection.counts.out, "out": summary["rows"], "dropped": {}}
         explanation = explain(subset, selection, store)
         content = {"name": selection.name, "counts": counts, "summary": summary, **lineage, "explanation": explanation}
-        (target / "README.md").write_text(dataset_card(config, content), encoding="utf-8")
-        (target / "report.html").write_text(report_html(content, ends.highest, ends.lowest), encoding="utf-8")
-        version = publish_folder(store, "subsets", selection.name, target, content)
+        (folder / "README.md").write_text(dataset_card(config, content), encoding="utf-8")
+        (folder / "report.html").write_text(report_html(content, ends.highest, ends.lowest), encoding="utf-8")
+        version = publish_folder(store, "subsets", selection.name, folder, content)
     remember_build(store, version, inputs)
     return Version(version.name, version.version, version.counts, Work(seconds=time.monotonic() - started))
 
@@ -135,14 +134,14 @@ class _Ends:
 
 
 def _write_rows(
-    config: PublishConfig, selection: Selection, store: Store, room: Path, target: Path, meter: Meter, ends: _Ends
+    config: PublishConfig, selection: Selection, store: Store, folder: Path, meter: Meter, ends: _Ends
 ) -> dict[str, Any]:
     """Write all rows into numbered Parquet files; their number and the means of their metrics."""
-    target.mkdir(parents=True)
+    folder.mkdir(parents=True)
     metrics = ("pvar", "margin", "score_chosen", "score_rejected", "chosen_tokens", "rejected_tokens")
     sums: dict[str, list[float]] = {name: [0.0, 0] for name in metrics}
     writer, written = None, 0
-    for table in _regular(_tables(selection, store, room)):
+    for table in _regular(_tables(selection, store)):
         ends.look(table)
         while table.num_rows:
             file, used = divmod(written, config.rows_per_file)
@@ -150,7 +149,7 @@ def _write_rows(
                 if writer:
                     writer.close()
                 options = parquet_options(table.schema)
-                writer = pq.ParquetWriter(target / f"train-{file:05d}.parquet", table.schema, **options)
+                writer = pq.ParquetWriter(folder / f"train-{file:05d}.parquet", table.schema, **options)
             piece, table = table.slice(0, config.rows_per_file - used), table.slice(config.rows_per_file - used)
             assert writer
             writer.write_table(piece)
@@ -179,26 +178,25 @@ def _regular(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(open_)
 
 
-def _tables(selection: Selection, store: Store, room: Path) -> Iterator[pa.Table]:
+def _tables(selection: Selection, store: Store) -> Iterator[pa.Table]:
     """The subset's rows, with texts, at most a prompt shard at a time."""
-    shards = shards_of(store, selection.pairs.rewards.completions.prompts)
+    texts = Texts(store, shards_of(store, selection.pairs.rewards.completions.prompts))
     chosen = store.read_table(selection_path(selection.pairs, selection.digest))
     rows, ranks = chosen["pair"].to_numpy(), chosen["rank"].to_numpy()
-    pairs = PairTable(store, selection.pairs, room)
-    further = [name.removeprefix("margin.") for name in pairs.schema.names if name.startswith("margin.")]
-    schema = with_scorers(PREFERENCES, further)
-    texts = Texts(store, shards)
     start = 0
-    for batch in pairs.batches():
-        low, high = np.searchsorted(rows, [start, start + batch.num_rows])
-        taken = pa.Table.from_batches([batch]).take(rows[low:high] - start)
-        taken = taken.append_column("rank", pa.array(ranks[low:high]))
-        start += batch.num_rows
-        shard = taken["shard"].to_numpy()
-        cuts = np.flatnonzero(np.diff(shard)) + 1  # the pairs of a shard stand together
-        for first, last in zip([0, *cuts], [*cuts, len(shard)], strict=True):
-            for at in range(first, last, _ROWS):
-                yield texts.join(int(shard[at]), taken.slice(at, min(_ROWS, last - at)), schema)
+    with open_pairs(store, selection.pairs) as pairs:
+        further = [name.removeprefix("margin.") for name in pairs.schema.names if name.startswith("margin.")]
+        schema = with_scorers(PREFERENCES, further)
+        for batch in pairs.batches():
+            low, high = np.searchsorted(rows, [start, start + batch.num_rows])
+            taken = pa.Table.from_batches([batch]).take(rows[low:high] - start)
+            taken = taken.append_column("rank", pa.array(ranks[low:high]))
+            start += batch.num_rows
+            shard = taken["shard"].to_numpy()
+            cuts = np.flatnonzero(np.diff(shard)) + 1  # the pairs of a shard stand together
+            for first, last in zip([0, *cuts], [*cuts, len(shard)], strict=True):
+                for at in range(first, last, _ROWS):
+                    yield texts.join(int(shard[at]), taken.slice(at, min(_ROWS, last - at)), schema)
 
 
 class Texts:

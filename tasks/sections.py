@@ -133,7 +133,12 @@ class ModelConfig(Section):
         0, ge=0, le=1024, description="More of them while there is work and room in the cluster; 0 stays at workers."
     )
     cpus: float = Field(1, ge=0, description="CPUs that Ray reserves per engine.")
-    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves per engine; may be a part of one, or several.")
+    gpus: float = Field(
+        0,
+        ge=0,
+        description="GPUs that Ray reserves per engine: a part of one, or several of a node, over which vLLM splits "
+        "the model.",
+    )
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="Custom resources of Ray per engine, such as a kind of node."
     )
@@ -142,6 +147,31 @@ class ModelConfig(Section):
     )
     batch_size: int = Field(64, ge=1, description="Sequences at once, transformers engine only.")
     engine_args: dict[str, Any] = Field({}, description="Further arguments of the engine, for example vLLM's.")
+
+    @model_validator(mode="after")
+    def _parts_of_one_gpu_only(self) -> ModelConfig:
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus: {self.gpus:g} is neither a part of one GPU nor a number of whole ones")
+        return self
+
+    @property
+    def parallel(self) -> tuple[int, int]:
+        """Of an engine that splits its model: over how many GPUs each layer (tensor), and all layers (pipeline).
+
+        ValueError unless there is a GPU for each part, or none at all, as on vLLM's CPU build.
+        """
+        pipeline = self.engine_args.get("pipeline_parallel_size", 1)
+        tensor = self.engine_args.get("tensor_parallel_size")
+        if not all(isinstance(size, int) and size > 0 for size in (pipeline, 1 if tensor is None else tensor)):
+            raise ValueError("engine_args: tensor_parallel_size and pipeline_parallel_size are whole numbers above 0")
+        if tensor is None:
+            tensor = max(1, int(self.gpus) // pipeline)
+        if self.gpus and tensor * pipeline != max(1, self.gpus):
+            raise ValueError(
+                f"gpus: {self.gpus:g}, but tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} takes "
+                f"{tensor * pipeline}; set gpus: {tensor * pipeline}"
+            )
+        return tensor, pipeline
 
 
 class SamplingConfig(Section):
@@ -162,6 +192,8 @@ class GeneratorConfig(ModelConfig):
     def _has_model(self) -> GeneratorConfig:
         if self.engine != "fake" and not self.model:
             raise ValueError(f"generator {self.name!r}: engine {self.engine!r} needs `model`: a folder or a hub name")
+        if self.engine == "vllm":
+            _ = self.parallel
         return self
 
 
@@ -310,6 +342,8 @@ class ScorerConfig(ModelConfig):
             raise ValueError(f"{where}: engine openai needs `judge.base_url`, such as http://127.0.0.1:8000/v1")
         if self.type == "judge" and self.engine != "openai" and self.judge.base_url:
             raise ValueError(f"{where}: judge.base_url is for engine openai, not {self.engine}; remove one of them")
+        if self.engine == "vllm":
+            _ = self.parallel
         return self
 
 

@@ -46,6 +46,8 @@ from tasks.errors import ConfigError, RunError
 # Of a lost race on a conditional put s3fs makes a FileExistsError for some servers, a bare OSError for others.
 _LOST_RACE = {"PreconditionFailed", "412"}
 
+_SCHEMA = b"prefsieve.schema"  # where a table keeps the digest of its columns' names and types
+
 
 class Store:
     """Whole files under one URL, by path relative to it. Cheap to make: each Ray actor makes its own."""
@@ -160,7 +162,7 @@ class Store:
     def read_json(self, path: str) -> Any:
         """RunError when the file is damaged."""
         try:
-            return json.loads(self.read(path))
+            return unsealed(self.read(path))
         except (ValueError, RecursionError) as error:
             raise self.damaged(path) from error
 
@@ -173,34 +175,43 @@ class Store:
 
     def damaged(self, path: str) -> RunError:
         """To raise for a file that holds something else than what was written there."""
-        return RunError(f"{path} in {self.url} is damaged; remove it and run again")
+        return RunError(f"{path} in {self.url} is damaged; remove it and run again, which makes only what is missing")
 
     def create_json(self, path: str, value: Any) -> bool:
-        return self.create(path, to_json(value))
+        return self.create(path, sealed(value))
 
     def read_table(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
         """RunError when the file is damaged."""
-        with self._table(path) as file:
+        with self.open_table(path) as file:
+            if not set(columns or []) <= set(file.schema_arrow.names):
+                raise self.damaged(path)
             return file.read(columns)
 
     def columns(self, path: str) -> Sequence[str]:
         """Names of a table's columns."""
-        with self._table(path) as file:
+        with self.open_table(path) as file:
             return file.schema_arrow.names
 
     @contextlib.contextmanager
-    def _table(self, path: str) -> Iterator[pq.ParquetFile]:
+    def open_table(self, path: str, at_hand: Path | None = None) -> Iterator[pq.ParquetFile]:
+        """A table to be read in the block, checked as it is read; at_hand: where its bytes are already.
+
+        RunError when the file is damaged.
+        """
+        source = at_hand or (self.full(path) if self.local else pa.BufferReader(self.read(path)))
         try:
-            with pq.ParquetFile(self.full(path) if self.local else pa.BufferReader(self.read(path))) as file:
+            with pq.ParquetFile(source, memory_map=at_hand is not None, page_checksum_verification=True) as file:
+                if not _sound(file):
+                    raise self.damaged(path)
                 yield file
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if getattr(error, "errno", None) is None:  # with a number it is the disk's or the network's
                 raise self.damaged(path) from error
             raise
 
     def create_table(self, path: str, table: pa.Table) -> bool:
         sink = io.BytesIO()
-        pq.write_table(table, sink, **parquet_options(table.schema))
+        pq.write_table(table.cast(signed(table.schema)), sink, **parquet_options(table.schema))
         return self.create(path, sink.getvalue())
 
     # --- the server's promises
@@ -282,14 +293,16 @@ class Store:
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """How tables are written: texts with a dictionary, numbers and ids without, floats split by bytes.
+    """How tables are written: texts with a dictionary, numbers and ids without, floats split by bytes, pages with CRCs.
 
-    Read back three times as fast as with a dictionary for everything, and no larger (benchmarks/select.py).
+    Without CRCs one flipped bit in three gives other data and no error (tests/faults/test_damage.py). Read back three
+    times as fast as with a dictionary for everything, and no larger (benchmarks/select.py).
     """
     leaves = [leaf for field in schema for leaf in _leaves(field.name, field.type)]
     ids = [path for path, kind in leaves if path == "prompt_id" and kind == pa.string()]
     return {
         "compression": "zstd",
+        "write_page_checksum": True,
         "use_dictionary": [path for path, kind in leaves if not pa.types.is_primitive(kind) and path not in ids],
         "column_encoding": dict.fromkeys(ids, "DELTA_LENGTH_BYTE_ARRAY"),  # no two are equal, all are of one length
         "use_byte_stream_split": [path for path, kind in leaves if pa.types.is_floating(kind)],
@@ -307,6 +320,24 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
         yield path, kind
 
 
+def signed(schema: pa.Schema) -> pa.Schema:
+    """The schema with its own digest: pages have checksums, names and types have none."""
+    return schema.with_metadata({**(schema.metadata or {}), _SCHEMA: _schema_digest(schema)})
+
+
+def _schema_digest(schema: pa.Schema) -> bytes:
+    told = "\n".join(f"{path}: {kind}" for field in schema for path, kind in _leaves(field.name, field.type))
+    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest().encode()
+
+
+def _sound(file: pq.ParquetFile) -> bool:
+    """Whether a table's description is as it was written; others' tables have no digest."""
+    told, about = file.schema_arrow, file.metadata
+    digest = (told.metadata or {}).get(_SCHEMA, _schema_digest(told))
+    rows = sum(about.row_group(i).num_rows for i in range(about.num_row_groups))
+    return bool(digest == _schema_digest(told) and rows == about.num_rows)
+
+
 def inside(path: Any) -> bool:
     """Whether a relative path that a file of the store names stays in the folder that it is relative to."""
     parts = path.split("/") if isinstance(path, str) and _is_name(path) else [""]
@@ -320,6 +351,25 @@ def _is_name(path: str) -> bool:
 def to_json(value: Any) -> bytes:
     """JSON as the store keeps it: readable, keys in the order given, ending in a newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sealed(value: Any) -> bytes:
+    """JSON as the store keeps it; an object ends in the digest of all the rest."""
+    return to_json({**value, "sha256": _seal(value)} if isinstance(value, dict) else value)
+
+
+def unsealed(raw: bytes) -> Any:
+    """What was sealed. ValueError when it was changed since; what was written by others has no seal."""
+    value = json.loads(raw)
+    if isinstance(value, dict) and "sha256" in value:
+        del value["sha256"]
+        if sealed(value) != raw:
+            raise ValueError("was changed: its digest differs")
+    return value
+
+
+def _seal(value: Any) -> str:
+    return hashlib.sha256(to_json(value)).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from tasks.config import FilterStep, RankStep, SubsetConfig, control_name
 from tasks.describe import describe_step
 from tasks.errors import ConfigError, RunError
-from tasks.pairtable import PairTable
+from tasks.pairtable import PairTable, open_pairs
 from tasks.progress import Meter, Report, silent
 from tasks.records import LEFT_OUT, SCHEMA_VERSION, SELECTION, Counts, Pairs, Selection, Work, digest, rounded
 from tasks.selection import controls, ranking
@@ -39,8 +37,7 @@ def subset(config: SubsetConfig, pairs: Pairs, store: Store, report: Report = si
     """The subset's selection, then those of its controls."""
     meter = Meter(report, "subset", pairs.counts.out * (1 + len(config.controls)), "pairs")
     selections = []
-    with tempfile.TemporaryDirectory() as room:
-        table = PairTable(store, pairs, Path(room))
+    with open_pairs(store, pairs) as table:
         ids = table.ids()
         started = time.monotonic()
         chosen = _steps(config, table, ids)

@@ -20,7 +20,7 @@ from typing import Any
 
 from tasks.errors import ConfigError, RunError
 from tasks.records import Counts, Version
-from tasks.store import Store, inside, to_json
+from tasks.store import Store, inside, sealed, to_json
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # of a control: its subset's, and what it is
 _VERSION = re.compile(r"[0-9a-f]{0,64}")
@@ -44,7 +44,7 @@ def publish_folder(store: Store, kind: str, name: str, folder: Path, content: di
         "software": {"python": platform.python_version(), **{package: installed(package) for package in _SOFTWARE}},
         "content": content,
     }
-    store.create_json(f"{version.place}/manifest.json", {**manifest, "sha256": _seal(manifest)})
+    store.create_json(f"{version.place}/manifest.json", manifest)
     return version
 
 
@@ -64,7 +64,7 @@ def find_build(store: Store, kind: str, name: str, inputs: str, claim: bool = Tr
 
 def remember_build(store: Store, version: Version, inputs: str) -> None:
     """Called when `find_build` found none: what a pointer of that name says was removed by somebody."""
-    store.replace(_build(version.kind, version.name, inputs), to_json({"version": version.version}))
+    store.replace(_build(version.kind, version.name, inputs), sealed({"version": version.version}))
     _point_latest(store, version)
 
 
@@ -139,11 +139,6 @@ def content_version(content: dict[str, Any]) -> str:
     return hashlib.sha256(to_json(content)).hexdigest()[:16]
 
 
-def _seal(manifest: dict[str, Any]) -> str:
-    """Digest of a whole manifest, also of what does not count for the version's name."""
-    return hashlib.sha256(to_json(manifest)).hexdigest()
-
-
 def _read(store: Store, path: str) -> dict[str, Any]:
     """The manifest at <kind>/<name>/<version>/manifest.json; RunError when it is not as it was written."""
     _, name, version, _ = path.split("/")
@@ -156,9 +151,8 @@ def _read(store: Store, path: str) -> dict[str, Any]:
 def _intact(raw: bytes, name: str, version: str) -> dict[str, Any]:
     """A version's manifest, from the file's bytes; ValueError says what is wrong with it."""
     try:
-        manifest = json.loads(raw)
-        sealed = {key: manifest[key] for key in manifest if key != "sha256"}
-        unchanged = to_json({**sealed, "sha256": _seal(sealed)}) == raw
+        manifest = {key: value for key, value in json.loads(raw).items() if key != "sha256"}
+        unchanged = sealed(manifest) == raw
         content = manifest["content"]
         named = content_version(content) == version == manifest["version"] and content.get("name", name) == name
         Counts(**content["counts"])
@@ -191,7 +185,7 @@ def _places(store: Store, below: str) -> Iterator[tuple[str, str]]:
 
 
 def _point_latest(store: Store, version: Version) -> None:
-    pointer, value = f"{version.kind}/{version.name}/latest.json", to_json({"version": version.version})
+    pointer, value = f"{version.kind}/{version.name}/latest.json", sealed({"version": version.version})
     if not store.exists(pointer) or store.read(pointer) != value:
         store.replace(pointer, value)
 

@@ -233,9 +233,18 @@ def ray_head(folder: Path, cpus: int = 4, **extra: str) -> Iterator[RayHead]:
 
 @contextlib.contextmanager
 def ray_node(
-    head: RayHead, folder: Path, address: str, cpus: int = 2, resources: dict[str, float] | None = None, **extra: str
+    head: RayHead,
+    folder: Path,
+    address: str,
+    cpus: int = 2,
+    gpus: int = 0,
+    resources: dict[str, float] | None = None,
+    **extra: str,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A further node, at an address of its own on loopback (127.0.0.2 ...); goes on once the cluster counts it."""
+    """A further node, at an address of its own on loopback (127.0.0.2 ...); goes on once the cluster counts it.
+
+    gpus: what Ray is told; nobody looks for them before something runs on one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ports = dict(
         zip(("node-manager", "object-manager", "dashboard-agent-grpc", "metrics-export"), free_ports(4), strict=True)
@@ -244,7 +253,8 @@ def ray_node(
     env = environment(**head.environment, **extra)
     command = [
         *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats", f"--address={head.gcs}"),
-        *(f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--resources={json.dumps(resources or {})}"),
+        *(f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"),
+        f"--resources={json.dumps(resources or {})}",
         *(f"--{name}-port={port}" for name, port in ports.items()),
         *(f"--dashboard-agent-listen-port={listen}", f"--object-store-memory={100 * 2**20}"),
         *("--min-worker-port=0", "--max-worker-port=0"),

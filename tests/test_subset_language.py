@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from tasks.config import CurateConfig, FilterStep, RankStep, SubsetConfig
 from tasks.describe import describe, describe_step
 from tasks.errors import ConfigError, RunError
 from tasks.explain import explain, overlap
-from tasks.pairtable import PairTable
+from tasks.pairtable import open_pairs
 from tasks.records import PAIRS, PROMPTS, Completions, Counts, Pairs, PromptSet, Rewards, Selection, digest, rounded
 from tasks.selection import ranking
 from tasks.store import Store
@@ -363,8 +362,7 @@ def test_pairs_without_the_metric_are_left_out_by_every_step(store: Store) -> No
 def test_kept_fields_are_numbers_or_texts_as_they_are_asked_for(store: Store) -> None:
     levels: list[Any] = [3, "3", 3.0, True, None, "x", [1], "inf", 10**400, float("1e308")]
     rows = [row_of(i, level=level) for i, level in enumerate(levels)]
-    with tempfile.TemporaryDirectory() as folder:
-        table = PairTable(store, table_of(store, rows), Path(folder))
+    with open_pairs(store, table_of(store, rows)) as table:
         np.testing.assert_array_equal(table.numbers("field.level"), [3, 3, 3, 1, *[math.nan] * 5, 1e308])
         codes, names = table.texts("field.level")
     texts = ["3", "3", "3.0", "true", "null", "x", "[1]", "inf", str(10**400), "1e+308"]

@@ -26,6 +26,8 @@ from tasks.engines.chat import prompt_ids, scored_ids, written
 from tasks.errors import RunError
 from tasks.sections import GeneratorConfig, ModelConfig, ScorerConfig
 
+_GPU_MEMORY = 0.92  # share of a GPU that vLLM takes by default; engines that share one share that
+
 
 class _VllmEngine:
     def __init__(self, config: ModelConfig, model: str, runner: str) -> None:
@@ -132,8 +134,11 @@ class VllmJudge(_VllmEngine):
 
 
 def _arguments(config: ModelConfig, model: str, runner: str) -> dict[str, Any]:
+    tensor, pipeline = config.parallel
     arguments: dict[str, Any] = {
         "runner": runner,
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": pipeline,
         "dtype": _dtype(config, model),
         "revision": config.revision or None,
         "trust_remote_code": config.trust_remote_code,
@@ -145,8 +150,12 @@ def _arguments(config: ModelConfig, model: str, runner: str) -> dict[str, Any]:
         # JSON may hold blanks without end, and a weak model fills a reply with them. vLLM 0.32 reads this here alone:
         # it ignores the field of the same name in StructuredOutputsParams.
         arguments["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
+    if 0 < config.gpus < 1:
+        arguments["gpu_memory_utilization"] = _GPU_MEMORY * config.gpus
     if current_platform.is_cpu():
         arguments["enforce_eager"] = True  # compiling pays off on large models only
+        if tensor * pipeline > 1:  # to be bound to cores, each part would need a memory node of its own
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if runner == "generate":
             # A seeded request whose prefill is chunked dies on CPU: "CPU Generator does not use offset".
             arguments["enable_chunked_prefill"] = False

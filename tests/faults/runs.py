@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.services import ROOT
+from tests.services import ROOT, RayHead
 
 ENGINE = "ray::MapWorker"  # how the process of an engine calls itself
 
 
-def start(configuration: Path, store: str | Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "flows.cli", "curate", str(configuration), "--store", str(store), "--json", *more]
+def start(
+    configuration: Path, store: str | Path, env: dict[str, str], *more: str, flow: str = "curate"
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flows.cli", flow, str(configuration), "--store", str(store), "--json", *more]
     return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -35,6 +38,22 @@ def wait_for(ready: Callable[[], bool], run: subprocess.Popen[str], seconds: flo
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def left_on(head: RayHead, seconds: float = 30) -> list[Any]:
+    """Actors and placement groups of a cluster that are not gone; Ray takes a moment to tell."""
+    deadline = time.monotonic() + seconds
+    while (found := [*_there(head, "actors"), *_there(head, "placement_groups")]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return found
+
+
+def _there(head: RayHead, what: str) -> list[Any]:
+    url = f"{head.address}/api/v0/{what}?limit=1000&detail=0"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {head.token}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        found = json.load(answer)["data"]["result"]["result"]
+    return [one for one in found if one["state"] not in ("DEAD", "REMOVED")]
 
 
 def processes(mark: str, name: str = "") -> list[int]:

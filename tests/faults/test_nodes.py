@@ -1,11 +1,10 @@
-"""A cluster of several nodes, each with processes and an address of its own; one of them is lost."""
+"""A cluster of several nodes, each with processes and an address of its own: what runs where, and one that is lost."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,62 +13,170 @@ import pytest
 import yaml
 
 from tasks.store import Store
-from tests.conftest import curate_values, files_below, generator, prompts, scorer, write_jsonl
-from tests.faults.runs import ENGINE, kill, processes, report, start, wait_for
+from tests.conftest import TinyModels, curate_values, files_below, generator, prompts, scorer, write_jsonl
+from tests.faults.runs import ENGINE, kill, left_on, processes, report, start, wait_for
 from tests.services import ROOT, RayHead, environment, ray_head, ray_node
+
+SLEEPY = {"": "sleep 0.1"}  # each request takes a tenth of a second
+TRAIN = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 2, "max_length": 256, "learning_rate": 1e-3}
+
+PROBE = """
+import json, os
+from pathlib import Path
+
+def score(prompt, text):
+    import ray
+    context = ray.get_runtime_context()
+    about = {"has": context.get_assigned_resources(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    Path(__file__).with_name(f"{context.get_actor_id()}.json").write_text(json.dumps(about))
+    return 1.0
+"""
 
 
 class Cluster(NamedTuple):
     head: RayHead
     marks: list[str]  # of its two nodes: their processes can be told by them
 
+    def engines(self) -> list[bool]:
+        """Whether each node runs an engine now."""
+        return [bool(processes(mark, ENGINE)) for mark in self.marks]
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """A head that runs nothing, and two nodes with room for one engine each."""
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head that runs nothing, and two nodes with room for one engine each; of GPUs there are only the numbers."""
+    folder = tmp_path_factory.mktemp("cluster")
     marks = [secrets.token_hex(8), secrets.token_hex(8)]
     with contextlib.ExitStack() as stack:
-        head = stack.enter_context(ray_head(tmp_path / "head", cpus=0, PYTHONPATH=str(ROOT)))
+        head = stack.enter_context(ray_head(folder / "head", cpus=0, PYTHONPATH=str(ROOT)))
         for number, mark in enumerate(marks):
             about = {"PYTHONPATH": str(ROOT), "MARK": mark}
+            room = {"cpus": 2, "gpus": 2, "resources": {"engine": 1.0}}
             address = f"127.0.0.{number + 2}"
-            stack.enter_context(
-                ray_node(head, tmp_path / f"node{number}", address, cpus=2, resources={"engine": 1}, **about)
-            )
+            stack.enter_context(ray_node(head, folder / f"node{number}", address, **room, **about))  # type: ignore[arg-type]
         yield Cluster(head, marks)
         for mark in marks:
             kill(processes(mark))
 
 
 @pytest.fixture
-def configuration(tmp_path: Path) -> Path:
-    """Two engines at once of each kind, half a node each; a tenth of a second per request."""
-    source = write_jsonl(tmp_path / "prompts.jsonl", prompts(96))
-    (tmp_path / "faults.json").write_text(json.dumps({"": "sleep 0.1"}))
-    about = {
-        "engine_args": {"faults": str(tmp_path / "faults.json")},
-        "workers": 2,
-        "cpus": 0.5,
-        "resources": {"engine": 0.5},
-    }
+def env(cluster: Cluster, prefect_api: str, tmp_path: Path) -> dict[str, str]:
+    about = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
+    return environment(**about, **cluster.head.environment)
+
+
+@pytest.fixture
+def joining(cluster: Cluster) -> tuple[str, str]:
+    return ("--set", f"ray_address={cluster.head.gcs}")
+
+
+def write(folder: Path, values: dict[str, Any], name: str = "curate") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def sleepy(folder: Path, **room: Any) -> Path:
+    """96 prompts in 12 shards, on engines that take their time."""
+    source = write_jsonl(folder / "prompts.jsonl", prompts(96))
+    (folder / "faults.json").write_text(json.dumps(SLEEPY))
+    about = {"engine_args": {"faults": str(folder / "faults.json")}, "cpus": 0.5, **room}
     values = curate_values(
         source,
         ingest={"source": str(source), "shard_size": 8},
         generate={"samples": 2, "generators": [generator(**about)]},
         score={"scorers": [scorer(**about)]},
     )
-    path = tmp_path / "curate.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return write(folder, values)
+
+
+def test_a_pool_grows_from_one_node_to_the_next_while_there_is_work(
+    cluster: Cluster, env: dict[str, str], joining: tuple[str, str], tmp_path: Path, store: Store
+) -> None:
+    """And no engine is left behind when there is none any more."""
+    path = sleepy(tmp_path, workers=1, max_workers=2, resources={"engine": 1.0})
+    run = start(path, store.url, env, *joining)
+    wait_for(lambda: any(cluster.engines()), run)
+    assert not all(cluster.engines())
+    wait_for(lambda: all(cluster.engines()), run)
+    made = report(run)
+    assert next(stage for stage in made["stages"] if stage["stage"] == "generate")["engine_starts"] == 2
+    assert left_on(cluster.head) == []
+    assert cluster.engines() == [False, False]
+
+
+def test_engines_get_as_much_of_a_gpu_or_as_many_as_was_asked_for(
+    env: dict[str, str], joining: tuple[str, str], tmp_path: Path, store: Store
+) -> None:
+    source = write_jsonl(tmp_path / "prompts.jsonl", prompts(12))
+    scorers = []
+    for name, gpus in {"two": 2, "part": 0.5}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "probe.py").write_text(PROBE)
+        scorers.append({"name": name, "type": "function", "function": f"{folder}/probe.py:score", "gpus": gpus})
+    ingest = {"source": str(source), "shard_size": 4}
+    report(
+        start(
+            write(tmp_path, curate_values(source, ingest=ingest, score={"scorers": scorers})), store.url, env, *joining
+        )
+    )
+
+    def given(name: str) -> list[Any]:
+        return [json.loads(file.read_text()) for file in (tmp_path / name).glob("*.json")]
+
+    assert [(about["has"]["GPU"], about["gpus"]) for about in given("two")] == [(2.0, "0,1")]
+    assert [(about["has"]["GPU"], about["gpus"]) for about in given("part")] in ([(0.5, "0")], [(0.5, "1")])
+
+
+def test_curate_train_and_experiment_share_a_cluster(
+    cluster: Cluster,
+    env: dict[str, str],
+    joining: tuple[str, str],
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    store: Store,
+) -> None:
+    """Engines of transformers, a training of two processes on two nodes, and an experiment on what was published."""
+    source = write_jsonl(tmp_path / "prompts.jsonl", prompts(16))
+    policy = {"name": "policy", "model": str(tiny_models.generator), "sampling": {"max_tokens": 6}}
+    reward = {"name": "reward", "model": str(tiny_models.reward)}
+    ingest = {"source": str(source), "shard_size": 8}
+    curated = {"ingest": ingest, "generate": {"samples": 4, "generators": [policy]}, "score": {"scorers": [reward]}}
+    values = curate_values(source, **curated, subset=[{"name": "top", "steps": [{"rank": "pvar", "count": 8}]}])
+    made = report(start(write(tmp_path, values), store.url, env, *joining))
+    assert [row["pairs"] for row in made["subsets"]] == [8]
+
+    model = {"model": str(tiny_models.generator), "workers": 2, "cpus": 2}
+    training = write(tmp_path, {"name": "tuned", "subset": "top", "policy": model, "train": TRAIN}, "train")
+    run = start(training, store.url, env, *joining, flow="train")
+    wait_for(lambda: all(processes(mark, "ray::RayTrainWorker") for mark in cluster.marks), run)
+    assert report(run)["steps"] == 2
+
+    asked = {
+        "name": "small",
+        "subsets": ["top"],
+        "seeds": 2,
+        "objectives": [{"name": "dpo"}, {"name": "ipo", "train": {"objective": "ipo"}}],
+        "policy": {"model": str(tiny_models.generator), "cpus": 2},
+        "train": TRAIN,
+        "evaluate": {
+            "ingest": ingest,
+            "generate": {"samples": 2, "generators": [policy]},
+            "score": {"scorers": [reward]},
+        },
+    }
+    found = report(start(write(tmp_path, asked, "experiment"), store.url, env, *joining, flow="experiment"))
+    assert [stage["out"] for stage in found["stages"] if stage["stage"] == "train"] == [4]
+    assert left_on(cluster.head) == []
 
 
 def test_a_node_that_is_lost_costs_the_shards_it_had_in_hand(
-    cluster: Cluster, configuration: Path, prefect_api: str, tmp_path: Path, store: Store
+    cluster: Cluster, env: dict[str, str], joining: tuple[str, str], tmp_path: Path, store: Store
 ) -> None:
-    about = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
-    env = environment(**about, **cluster.head.environment)
-    joining = ("--set", f"ray_address={cluster.head.gcs}")
-    run = start(configuration, store.url, env, *joining)
+    """The last of this file: the node stays lost."""
+    path = sleepy(tmp_path, workers=2, resources={"engine": 0.5})
+    run = start(path, store.url, env, *joining)
     wait_for(lambda: len(store.list("completions")) >= 3, run)
     busy = [mark for mark in cluster.marks if processes(mark, ENGINE)]
     assert busy
@@ -80,19 +187,18 @@ def test_a_node_that_is_lost_costs_the_shards_it_had_in_hand(
     after = files_below(Path(store.url))
     kept = [path for path in before if path.startswith(("completions", "prompts/shards"))]
     assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
-    undisturbed = report(start(configuration, tmp_path / "undisturbed", env, *joining))
+    undisturbed = report(start(path, tmp_path / "undisturbed", env, *joining))
     assert found["subsets"] == undisturbed["subsets"]
-    deadline = time.monotonic() + 30
-    while any(processes(mark, ENGINE) for mark in cluster.marks) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(processes(mark, ENGINE) for mark in cluster.marks)
+    assert left_on(cluster.head) == []
+    assert cluster.engines() == [False, False]
 
 
 def test_an_engine_that_no_node_has_room_for_is_refused_before_anything_starts(
-    local_ray: Any, configuration: Path, tmp_path: Path, prefect_api: str
+    tmp_path: Path, prefect_api: str
 ) -> None:
     about = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
-    run = start(configuration, tmp_path / "store", environment(**about))
+    path = sleepy(tmp_path, resources={"engine": 0.5})
+    run = start(path, tmp_path / "store", environment(**about))
     _, log = run.communicate(timeout=200)
     assert run.returncode == 2
     assert "resources: no node of the Ray cluster has 0.5 CPU, 0 GPU, 0.5 engine" in log
