@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from typing import Any, cast
 from uuid import UUID
 
@@ -25,6 +27,7 @@ from tasks.versions import read_manifest
 
 _ARTIFACT_EVERY = 2.0  # seconds between two updates of a progress artifact
 _LOG_EVERY = 10.0
+_PATIENCE = 10.0  # seconds that an end waits for what it shows; Prefect's client itself tries for a minute
 
 
 @contextlib.contextmanager
@@ -34,6 +37,7 @@ def progress_artifact(stage: str) -> Iterator[Report]:
     artifact: UUID | None = None
     shown = logged = -math.inf
     last: Progress | None = None
+    showing: threading.Thread | None = None
 
     def show(progress: Progress) -> None:
         nonlocal artifact
@@ -45,11 +49,11 @@ def progress_artifact(stage: str) -> Iterator[Report]:
             update_progress_artifact(artifact, percent, description=str(progress))
 
     def report(progress: Progress) -> None:
-        nonlocal shown, logged, last
+        nonlocal shown, logged, last, showing
         last, now = progress, time.monotonic()
-        if now - shown >= _ARTIFACT_EVERY:
+        if now - shown >= _ARTIFACT_EVERY and not (showing and showing.is_alive()):
             shown = now
-            show(progress)
+            showing = _beside(lambda: show(progress))
         if progress.done and now - logged >= _LOG_EVERY and not progress.finished:
             logged = now
             logger.info("%s: %s", progress.stage, progress)
@@ -57,8 +61,30 @@ def progress_artifact(stage: str) -> Iterator[Report]:
     yield report
     if last:
         done = Progress(last.stage, last.done, last.done, last.unit, last.rate, last.reused, last.note)
-        show(done)
+        if showing is None or _ended(showing):
+            _ended(_beside(lambda: show(done)))
         logger.info("%s: %s", done.stage, done)
+
+
+def _beside(tell: Callable[[], Any]) -> threading.Thread:
+    """Tell Prefect's server something while the work goes on: one that is gone costs what it would have shown."""
+    context, logger = copy_context(), get_run_logger()
+
+    def attempt() -> None:
+        try:
+            context.run(tell)
+        except Exception as error:
+            logger.warning("Prefect's server could not be told how far this is: %s", error)
+
+    thread = threading.Thread(target=attempt, name="artifact", daemon=True)
+    thread.start()
+    return thread
+
+
+def _ended(telling: threading.Thread) -> bool:
+    """Whether it does within a moment."""
+    telling.join(_PATIENCE)
+    return not telling.is_alive()
 
 
 def stage_row(stage: str, counts: Counts, work: Work) -> dict[str, Any]:
@@ -104,11 +130,11 @@ def subset_row(store: Store, version: Version) -> dict[str, Any]:
 def show_counts(flow: str, stages: list[dict[str, Any]]) -> None:
     """The table artifact of counts and drops."""
     rows = [{**row, "dropped": dropped_words(row["dropped"])} for row in stages]
-    create_table_artifact(
-        rows, key=f"{flow}-counts", description="Rows in, out and dropped, and the work done, by stage"
-    )
+    about = "Rows in, out and dropped, and the work done, by stage"
+    _ended(_beside(lambda: create_table_artifact(rows, key=f"{flow}-counts", description=about)))
 
 
 def show_report(flow: str, markdown: str) -> None:
     """The report artifact."""
-    create_markdown_artifact(markdown, key=f"{flow}-report", description=f"Report of {flow}")
+    about = f"Report of {flow}"
+    _ended(_beside(lambda: create_markdown_artifact(markdown, key=f"{flow}-report", description=about)))

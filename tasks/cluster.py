@@ -156,7 +156,8 @@ def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
             elif answer["error"]:
                 raise (Unreachable if answer["unreachable"] else RunError)(answer["error"])
             else:
-                ready, last = min(ready, answer["ready_at"]), max(last, answer["done_at"])
+                last = time.monotonic()  # here: clocks of machines differ, and may be set
+                ready = min(ready, last - answer["since_ready"])
                 pool.on_done(answer)
     finally:
         _end(drivers, run)
@@ -241,7 +242,7 @@ class _Actor:
             self.worker = worker(*arguments)
         except Exception as error:
             self.error, self.unreachable = f"an engine did not start: {_said(error)}", is_network_fault(error)
-        self.ready_at = time.time()
+        self.ready_at = time.monotonic()
 
     async def __call__(self, batch: dict[str, Any]) -> Any:
         item = {key: values[0].item() if hasattr(values[0], "item") else values[0] for key, values in batch.items()}
@@ -261,8 +262,7 @@ class _Actor:
             "error": error,
             "unreachable": unreachable,
             "engine_starts": starts,
-            "ready_at": self.ready_at,
-            "done_at": time.time(),
+            "since_ready": time.monotonic() - self.ready_at,
         }
         yield {key: [value] for key, value in {**counts, **about}.items()}
 

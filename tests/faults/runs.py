@@ -18,6 +18,10 @@ from tests.services import ROOT, RayHead
 ENGINE = "ray::MapWorker"  # how the process of an engine calls itself
 
 
+# One of each per cluster, detached, made by whoever first uses Ray Data there.
+RAY_DATAS_OWN = ("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker")
+
+
 def start(
     configuration: Path, store: str | Path, env: dict[str, str], *more: str, flow: str = "curate"
 ) -> subprocess.Popen[str]:
@@ -53,7 +57,9 @@ def _there(head: RayHead, what: str) -> list[Any]:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {head.token}"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         found = json.load(answer)["data"]["result"]["result"]
-    return [one for one in found if one["state"] not in ("DEAD", "REMOVED")]
+    return [
+        one for one in found if one["state"] not in ("DEAD", "REMOVED") and one.get("class_name") not in RAY_DATAS_OWN
+    ]
 
 
 def processes(mark: str, name: str = "") -> list[int]:

@@ -1,0 +1,123 @@
+"""What a run depends on beside its store: a disk that is full, a clock that goes backwards, Prefect's server gone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.store import Store
+from tests.conftest import curate_values, generator, prompts, scorer, write_jsonl
+from tests.faults.runs import report, start, wait_for
+from tests.services import ROOT, environment, prefect_server
+
+PROMPTS, SHARD = 96, 8
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines that take a twentieth of a second per request."""
+    folder = tmp_path_factory.mktemp("surroundings")
+    source = write_jsonl(folder / "prompts.jsonl", prompts(PROMPTS))
+    (folder / "faults.json").write_text(json.dumps({"": "sleep 0.05"}))
+    slow = {"engine_args": {"faults": str(folder / "faults.json")}}
+    values = curate_values(
+        source,
+        ingest={"source": str(source), "shard_size": SHARD},
+        generate={"samples": 4, "generators": [generator(**slow)]},
+        score={"scorers": [scorer(**slow)]},
+    )
+    path = folder / "curate.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def env(prefect_api: str, tmp_path: Path) -> dict[str, str]:
+    return environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path / "prefect"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(configuration: Path, prefect_api: str, tmp_path_factory: Any) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    plain = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"))
+    return report(start(configuration, folder / "store", plain))
+
+
+def made(found: dict[str, Any], stage: str) -> int:
+    (row,) = [row for row in found["stages"] if row["stage"] == stage]
+    return int(row["shards_made"])
+
+
+def test_a_full_disk_ends_the_run_in_words_and_with_room_a_rerun_goes_on(
+    configuration: Path, env: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """The store is a disk of its own, of a namespace of its own: it is gone with the last process."""
+    store = tmp_path / "store"
+    store.mkdir()
+    curate = f"{sys.executable} -m flows.cli curate {configuration} --store {store} --json"
+    script = f"""
+        mount -t tmpfs -o size=128k tmpfs {store} || exit 99
+        {curate}; echo "status $?" >&2
+        find {store} -path '*completions*.parquet' | wc -l
+        mount -o remount,size=64m {store}
+        {curate}
+    """
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, _, _ = done.stderr.partition("status ")
+    assert "status 1" in done.stderr
+    assert "No space left on device" in first.splitlines()[-1]
+    assert "Traceback" not in first
+    there, again = done.stdout.splitlines()
+    found = json.loads(again)
+    assert found["subsets"] == undisturbed["subsets"]
+    assert 0 < int(there) == PROMPTS // SHARD - made(found, "generate")
+
+
+CLOCK = """
+import os, time
+from pathlib import Path
+
+_real, _real_ns, _shift = time.time, time.time_ns, Path(os.environ["CLOCK_SHIFT"])
+time.time = lambda: _real() + float(_shift.read_text())
+time.time_ns = lambda: _real_ns() + int(1e9 * float(_shift.read_text()))
+"""
+
+
+def test_a_clock_that_goes_backwards_changes_nothing_and_no_time_is_negative(
+    configuration: Path, env: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, store: Store
+) -> None:
+    """By a day, in mid-work, for all Python of a run: its own process, Prefect's and Ray's parts of it, and engines."""
+    shift = tmp_path / "shift"
+    shift.write_text("0")
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)  # run by every Python that starts with this path
+    run = start(configuration, store.url, {**env, "PYTHONPATH": str(tmp_path), "CLOCK_SHIFT": str(shift)})
+    wait_for(lambda: len(store.list("completions")) >= 3, run)
+    whole = tmp_path / "whole"
+    whole.write_text("-86400")
+    whole.replace(shift)
+    found = report(run)
+    assert found["subsets"] == undisturbed["subsets"]
+    assert all(stage["seconds"] >= 0 for stage in found["stages"])
+
+
+def test_a_run_whose_prefect_server_is_gone_makes_everything_all_the_same(
+    configuration: Path, env: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, store: Store
+) -> None:
+    """It cannot be told how the run ended: that is what the run then says, and a rerun has nothing to make."""
+    with prefect_server(tmp_path / "server") as url:
+        run = start(configuration, store.url, {**env, "PREFECT_API_URL": url})
+        wait_for(lambda: len(store.list("completions")) >= 3, run)
+    _, log = run.communicate(timeout=400)
+    assert run.returncode == 1
+    assert "prefsieve: ConnectError" in log.splitlines()[-1]
+    found = report(start(configuration, store.url, env))
+    assert found["subsets"] == undisturbed["subsets"]
+    assert [made(found, stage) for stage in ("generate", "score", "publish top")] == [0, 0, 0]
