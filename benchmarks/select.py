@@ -38,11 +38,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.machine import machine, measured
+from tasks.ahead import in_order
 from tasks.columns import Columns
 from tasks.config import PairingConfig, RankStep, SubsetConfig
 from tasks.generate import completions_path
 from tasks.ingest import read_shard
-from tasks.pair import id_bits, in_order, pair
+from tasks.pair import id_bits, pair
 from tasks.records import PROMPTS, Completions, Counts, PromptSet, Rewards
 from tasks.score import rewards_path
 from tasks.selection import ranking

@@ -56,5 +56,8 @@ class Drafts(Store):
     def replace(self, path: str, data: bytes) -> None:
         self.drafts.replace(path, data)
 
+    def remove_file(self, path: str) -> None:
+        self.drafts.remove_file(path)
+
     def remove(self, path: str) -> None:
         self.drafts.remove(path)

@@ -256,4 +256,4 @@ def _forget(
                 path = duels_path(fingerprint, sides, shard["prompts"], held)
                 reasons = store.read_table(path, ["reasons"])["reasons"].combine_chunks().flatten()
                 if any(reason.startswith(ENDPOINT) for reason in reasons.drop_null().to_pylist()):
-                    store.remove(path)
+                    store.remove_file(path)

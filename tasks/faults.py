@@ -5,8 +5,10 @@ one. Who begins a batch leaves a note in the store and takes it away at the end;
 process that died over the batch. Its requests are then asked one by one, each with notes of its own, and what an engine
 raised or hung at alone is refused, as is what two processes ended at. Notes belong to a run: the next one tries again.
 
-    faults/<run>.<batch or request>.<number>.json
-    faults/<run>.refused.<request>.json
+    faults/<run>/<batch or request>.<number>.json
+    faults/<run>/refused.<request>.json
+
+A run's folder holds the notes of what is in hand just now, so a look into it is one small request.
 """
 
 from __future__ import annotations
@@ -28,19 +30,20 @@ class Faults:
     def __init__(self, store: Store, run: str) -> None:
         self.store, self.run = store, run
 
-    def begin(self, name: str) -> int:
-        """Leave a note; how many processes died over it."""
-        there = self._notes(name)
-        self.store.create_json(f"faults/{self.run}.{name}.{uuid.uuid4().hex}.json", {})
-        return len(there)
+    def begin(self, name: str) -> list[str]:
+        """Leave a note. Returns all that are there: one for each process that died over it, and this one."""
+        died = self._notes(name)
+        note = f"faults/{self.run}/{name}.{uuid.uuid4().hex}.json"
+        self.store.create_json(note, {})
+        return [*died, note]
 
-    def end(self, name: str) -> None:
-        """Take the notes away."""
-        for note in self._notes(name):
-            self.store.remove(note)
+    def end(self, notes: list[str]) -> None:
+        """Take notes away."""
+        for note in notes:
+            self.store.remove_file(note)
 
     def refused(self, request: str, deaths: int) -> str:
-        """Why a request is not asked again; empty when it is. deaths: see `begin`."""
+        """Why a request is not asked again; empty when it is. deaths: of processes over it."""
         note = self._refused(request)
         if self.store.exists(note):
             return str(self.store.read_json(note)["reason"])
@@ -53,7 +56,8 @@ class Faults:
             raise RunError(f"an engine dies over one request after the other, the last time: {reason}")
 
     def _refused(self, request: str) -> str:
-        return f"faults/{self.run}.refused.{request}.json"
+        return f"faults/{self.run}/refused.{request}.json"
 
     def _notes(self, name: str) -> list[str]:
-        return [path for path in self.store.list("faults") if path.startswith(f"faults/{self.run}.{name}.")]
+        folder = f"faults/{self.run}"
+        return [path for path in self.store.list(folder) if path.startswith(f"{folder}/{name}.")]

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tasks import models
+from tasks.ahead import in_order
 from tasks.cluster import IN_FLIGHT, Pool, run_pools
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.loop import EngineLoop, Refused
@@ -28,7 +28,7 @@ from tasks.faults import Faults
 from tasks.ingest import read_shard
 from tasks.progress import Meter, Report, silent
 from tasks.records import COMPLETIONS, Completions, Counts, PromptSet, Work, text_digest
-from tasks.samples import Held, Ints, cover, existing, missing, name_part, rows_of, wanted
+from tasks.samples import Held, Ints, Mask, cover, existing, missing, name_part, rows_of, wanted
 from tasks.sections import GenerateConfig, GeneratorConfig
 from tasks.store import Store
 
@@ -59,9 +59,11 @@ def generate(
     open_ = sum(item["final"] for items in todo.values() for item in items)
     meter = Meter(report, "generate", total, "prompts", reused=total - open_)
     totals: Counter[str] = Counter()
+    answered: set[str] = set()  # files that were made now, with an answer to every prompt
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
         totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
+        answered.update([counts["file"]] if counts["file"] and not counts["refused"] else [])
         totals[f"refused by {name}"] += counts["refused"] if counts["final"] else 0
         _check_refused(config, name, totals[f"refused by {name}"], prompts.counts.out, counts["example"])
         meter.add(counts["final"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
@@ -79,7 +81,7 @@ def generate(
             Pool(InTurnWorker, arguments, items, shared[0], lambda counts: on_done(counts["generator"], counts))
         )
     engine_seconds = run_pools(pools, address)
-    counts = _count(config, prompts, fingerprints, shards, store)
+    counts = _count(config, prompts, fingerprints, shards, store, answered)
     made = sum(map(len, todo.values()))
     work = Work(
         shards_made=made,
@@ -108,7 +110,7 @@ class GenerateWorker:
         path = completions_path(self.fingerprint, item["prompts"], held)
         if await asyncio.to_thread(self.store.exists, path):  # by a process that died afterwards, or by another run
             nothing = dict.fromkeys(("requests", "samples", "tokens", "refused"), 0)
-            return {**nothing, "final": item["final"], "example": ""}
+            return {**nothing, "final": item["final"], "example": "", "file": ""}
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held, ["prompt_id", "messages"])
         ids = prompts["prompt_id"].to_pylist()
         requests = [
@@ -117,7 +119,7 @@ class GenerateWorker:
         ]
         answers = await self.loop.answers(requests)
         table = _table(ids, answers)
-        await asyncio.to_thread(self.store.create_table, path, table)
+        made = await asyncio.to_thread(self.store.create_table, path, table)
         refused = [answer.reason for answer in answers if isinstance(answer, Refused)]
         given = [answer for answer in answers if isinstance(answer, Answer)]
         return {
@@ -127,6 +129,7 @@ class GenerateWorker:
             "final": item["final"],
             "refused": len(refused),
             "example": refused[0] if refused else "",
+            "file": path if made else "",  # another run was first
         }
 
 
@@ -154,7 +157,7 @@ class InTurnWorker:
         summed = {key: sum(part[key] for part in done) for key in ("requests", "samples", "tokens", "final")}
         summed["refused"] = sum(part["refused"] for part in done if part["final"])
         example = next((part["example"] for part in done if part["example"]), "")
-        return {**summed, "example": example, "generator": item["generator"]}
+        return {**summed, "example": example, "file": "", "generator": item["generator"]}
 
 
 def prompt_seed(fingerprint: str, prompt_id: str) -> int:
@@ -211,25 +214,41 @@ def _table(ids: list[str], answers: list[Answer | Refused]) -> pa.Table:
 
 
 def _count(
-    config: GenerateConfig, prompts: PromptSet, fingerprints: dict[str, str], shards: Shards, store: Store
+    config: GenerateConfig,
+    prompts: PromptSet,
+    fingerprints: dict[str, str],
+    shards: Shards,
+    store: Store,
+    answered: set[str],
 ) -> Counts:
-    """Prompts in and answered, over all generators, from the files themselves."""
+    """Prompts in and answered, over all generators, from the files themselves.
+
+    answered: files that need not be read again, since whoever just made them had nothing refused.
+    """
     into = prompts.counts.out * len(fingerprints)
     dropped: Counter[str] = Counter()
     rows = rows_of(store)
     for name, fingerprint in fingerprints.items():
         mine: Counter[str] = Counter()
         there = existing(store, f"completions/{fingerprint}")
-        for shard, number in shards:
-            for held, take in cover(there[shard["prompts"]], number, rows)[0]:
-                if held.first == 0:  # an engine that refuses a prompt does so from the first sample on
-                    path = completions_path(fingerprint, shard["prompts"], held)
-                    refused = store.read_table(path, ["refused"])["refused"].filter(pa.array(take[:, 0]))
-                    for entry in pc.value_counts(refused.drop_null()).to_pylist():
-                        mine[f"refused: {entry['values'].split(':')[0]}"] += entry["counts"]
+        unread = (
+            (path, take)
+            for shard, number in shards
+            for held, take in cover(there[shard["prompts"]], number, rows)[0]
+            # An engine that refuses a prompt does so from the first sample on.
+            if held.first == 0 and (path := completions_path(fingerprint, shard["prompts"], held)) not in answered
+        )
+        for reasons in in_order(lambda file: _refused(store, *file), unread):
+            mine.update(reasons)
         _check_refused(config, name, mine.total(), prompts.counts.out, str(dict(mine)))
         dropped += mine
     return Counts(into, into - dropped.total(), dict(dropped))
+
+
+def _refused(store: Store, path: str, take: Mask) -> Counter[str]:
+    """Why prompts of a file were refused, of those that are wanted."""
+    reasons = store.read_table(path, ["refused"])["refused"].filter(pa.array(take[:, 0])).drop_null().to_pylist()
+    return Counter(f"refused: {reason.split(':')[0]}" for reason in reasons)
 
 
 def _check_refused(config: GenerateConfig, name: str, refused: int, of: int, example: str) -> None:

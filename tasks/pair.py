@@ -10,12 +10,9 @@ from __future__ import annotations
 import binascii
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks.adapt import sample_of
+from tasks.ahead import in_order
 from tasks.columns import Columns, ShardColumns
 from tasks.config import PairingConfig
 from tasks.errors import ConfigError
@@ -40,11 +38,6 @@ from tasks.selection.posterior import Posterior, Prior, fit_prior, posterior
 from tasks.selection.pvar import PooledScale, pvar_with_error
 from tasks.selection.ranking import Hashes, uniform
 from tasks.store import Store, parquet_options, signed
-
-_THREADS = 3  # some read and decode while others compute; NumPy and Arrow let go of the interpreter
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 def pair(
@@ -154,17 +147,6 @@ def _prior(scorer: str, scale: float, columns: Columns) -> Prior | None:
     if completions.rounds:
         first = first_counts(completions.prompts.counts.out, completions.ladder)
     return fit_prior(sample_of(scorer, columns, first), scale)
-
-
-def in_order(work: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-    """The items' results, in their order, a few at a time on threads."""
-    rest = iter(items)
-    with ThreadPoolExecutor(_THREADS) as threads:
-        ahead = [threads.submit(work, item) for item in islice(rest, _THREADS + 1)]
-        while ahead:
-            done = ahead.pop(0).result()
-            ahead += [threads.submit(work, item) for item in islice(rest, 1)]
-            yield done
 
 
 def _write(

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import models, rubric
+from tasks.ahead import in_order
 from tasks.cluster import Pool, run_pools
 from tasks.engines import Refused, ScoringRequest, judge_engine, reward_engine
 from tasks.engines.loop import EngineLoop
@@ -62,9 +63,11 @@ def score(
     todo = sum(item["samples"] for items in missing.values() for item in items)
     meter = Meter(report, "score", total, "rewards", reused=total - todo)
     totals: Counter[str] = Counter()
+    rated: dict[str, int] = {}  # files that were made now, with a reward for every completion, and how many
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
         totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
+        rated.update({counts["file"]: counts["samples"]} if counts["file"] and not counts["missing"] else {})
         totals[f"missing from {name}"] += counts["missing"]
         check_missing(config, name, totals[f"missing from {name}"], in_files, counts["example"])
         note = f"{totals['tokens'] / meter.seconds:,.0f} tokens/s" if totals["tokens"] else ""
@@ -77,7 +80,7 @@ def score(
     ]
     try:
         engine_seconds = run_pools(pools, address)
-        counts = _count(config, fingerprints, wanted, store)
+        counts = _count(config, fingerprints, wanted, store, rated)
     except TooManyMissing:
         settled(lambda: _forget(scorers, fingerprints, files, store))
         raise
@@ -117,7 +120,7 @@ class ScoreWorker:
         path = _path(self.config, self.fingerprint, item)
         if await asyncio.to_thread(self.store.exists, path):  # by a process that died afterwards, or by another run
             nothing = dict.fromkeys(("requests", "samples", "tokens", "missing"), 0)
-            return {**nothing, "finished": item["samples"], "example": ""}
+            return {**nothing, "finished": item["samples"], "example": "", "file": ""}
         source = completions_path(item["generator"], item["prompts"], held)
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held)
         texts = (await asyncio.to_thread(self.store.read_table, source, ["texts"]))["texts"].to_pylist()
@@ -134,7 +137,7 @@ class ScoreWorker:
             answers = dict(zip(unique, await ask(rows, unique), strict=True))
         outcomes = [answers[place] for place in places]
         table = _table([row["prompt_id"] for row in rows], texts, outcomes, dimensions_of(self.config))
-        await asyncio.to_thread(self.store.create_table, path, table)
+        made = await asyncio.to_thread(self.store.create_table, path, table)
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         return {
             "requests": requests,
@@ -143,6 +146,7 @@ class ScoreWorker:
             "finished": item["samples"],  # with those of refused prompts, of which there are none
             "missing": len(reasons),
             "example": reasons[0] if reasons else "",
+            "file": path if made else "",  # another run was first
         }
 
     async def _by_model(self, rows: list[dict[str, Any]], places: list[tuple[int, str]]) -> list[float | str]:
@@ -214,7 +218,7 @@ def _forget(
         for path in {_path(scorer, fingerprints[scorer.name], item) for item in files} & there:
             reasons = store.read_table(path, ["reasons"])["reasons"].combine_chunks().flatten()
             if any(reason.startswith(passing) for reason in reasons.drop_null().to_pylist()):
-                store.remove(path)
+                store.remove_file(path)
 
 
 def _finite(value: float) -> float | str:
@@ -245,17 +249,30 @@ def _reward(outcome: Outcome) -> float | None:
 
 
 def _count(
-    config: ScoreConfig, fingerprints: dict[str, str], wanted: list[tuple[dict[str, Any], Mask]], store: Store
+    config: ScoreConfig,
+    fingerprints: dict[str, str],
+    wanted: list[tuple[dict[str, Any], Mask]],
+    store: Store,
+    rated: dict[str, int],
 ) -> Counts:
-    """Completions in and rewards out, over all scorers, from the files themselves; those of other runs not counted."""
+    """Completions in and rewards out, over all scorers, from the files themselves; those of other runs not counted.
+
+    rated: files that need not be read again, since whoever just made them had a reward for each of so many completions.
+    """
     into, dropped = 0, Counter[str]()
     for scorer in config.scorers:
         name, mine, example, seen = scorer.name, 0, "", 0
-        for item, take in wanted:
-            lists = store.read_table(_path(scorer, fingerprints[name], item), ["reasons"])["reasons"].combine_chunks()
-            reasons = _taken(lists, take)
-            seen += len(reasons)
-            for reason in reasons.drop_null().to_pylist():
+
+        def look(one: tuple[dict[str, Any], Mask], scorer: ScorerConfig = scorer) -> tuple[int, list[str]]:
+            path, take = _path(scorer, fingerprints[scorer.name], one[0]), one[1]
+            if path in rated and take.all():
+                return rated[path], []
+            reasons = _taken(store.read_table(path, ["reasons"])["reasons"].combine_chunks(), take)
+            return len(reasons), reasons.drop_null().to_pylist()
+
+        for number, reasons in in_order(look, wanted):
+            seen += number
+            for reason in reasons:
                 dropped[f"{name}: {reason.removeprefix(JUDGE).split(':')[0]}"] += 1
                 mine, example = mine + 1, reason
         check_missing(config, name, mine, seen, example)

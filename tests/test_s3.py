@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,20 @@ def test_listings_are_never_stale(store: Store) -> None:
     assert store.list("a") == [] and not store.exists("a/1")
     other.create("a/1", b"x")
     assert store.list("a") == ["a/1"] and store.exists("a/1")
+
+
+def test_a_listing_has_all_that_lies_below_its_folder_and_nothing_beside(store: Store) -> None:
+    names = [f"a/{number:04}" for number in range(1005)]  # more than a server lists at once
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(lambda name: store.create(name, b"x"), [*names, "ab/1", "b"]))
+    assert store.list("a") == names
+    assert store.list("b") == [] and store.exists("b") and not store.exists("a")
+    assert store.list("") == [*names, "ab/1", "b"]
+    store.remove_file("a/0000")
+    store.remove_file("a/0000")
+    assert store.list("a") == names[1:]
+    store.remove("a")
+    assert store.list("") == ["ab/1", "b"]
 
 
 def test_a_wrong_key_is_said_clearly(s3: SeaweedFS) -> None:

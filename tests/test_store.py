@@ -61,8 +61,11 @@ def test_remove_takes_a_file_or_what_lies_below_a_path(store: Store) -> None:
         store.create(path, b"1")
     store.remove("a/b")
     assert store.list("") == ["a/one", "ab/four"]
-    store.remove("a/one")
+    store.remove_file("a/one")
+    store.remove_file("a/one")
     assert store.list("") == ["ab/four"]
+    store.remove("ab/four")
+    assert store.list("") == []
 
 
 def test_replace_writes_over_what_was_there(store: Store) -> None:

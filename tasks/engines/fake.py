@@ -126,8 +126,8 @@ class FakeJudge:
 
 def _fail(config: GeneratorConfig | ScorerConfig, prompt: str) -> None:
     """Do what the file of faults says of a prompt."""
-    file = Path(config.engine_args.get("faults", ""))
-    if not file.is_file():
+    faults = config.engine_args.get("faults")
+    if not faults or not (file := Path(faults)).is_file():
         return
     for part, what in json.loads(file.read_text()).items():
         if prompt != part if "start" in (part, prompt) else part not in prompt:

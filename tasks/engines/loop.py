@@ -52,8 +52,8 @@ class EngineLoop:
         """
         if not self.faults:
             return await asyncio.wrap_future(self.submit(requests))
-        batch = _name(requests)
-        died = await asyncio.to_thread(self.faults.begin, batch)
+        notes = await asyncio.to_thread(self.faults.begin, _name(requests))
+        died = len(notes) > 1
         async with self._turn:
             if died:
                 while self._waiting:
@@ -63,13 +63,13 @@ class EngineLoop:
                 future = self.submit(requests)
         if not died:
             found = await self._moving(future)
-        await asyncio.to_thread(self.faults.end, batch)
+        await asyncio.to_thread(self.faults.end, notes)
         return found
 
     async def _alone(self, request: Any, faults: Faults) -> Any:
         name = _name([request])
-        deaths = await asyncio.to_thread(faults.begin, name)
-        if reason := await asyncio.to_thread(faults.refused, name, deaths):
+        notes = await asyncio.to_thread(faults.begin, name)
+        if reason := await asyncio.to_thread(faults.refused, name, len(notes) - 1):
             return Refused(reason)
         if self.dead:  # over another request
             raise EngineDied(self.dead)
@@ -78,7 +78,7 @@ class EngineLoop:
         except EngineDied as error:
             await asyncio.to_thread(faults.refuse, name, str(error))
             raise
-        await asyncio.to_thread(faults.end, name)
+        await asyncio.to_thread(faults.end, notes)
         return answer
 
     async def _moving(self, future: Future[list[Any]]) -> list[Any]:
