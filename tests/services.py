@@ -235,8 +235,13 @@ def ray_head(folder: Path, cpus: int = 4, **extra: str) -> Iterator[RayHead]:
 def ray_node(
     head: RayHead, folder: Path, address: str, cpus: int = 2, resources: dict[str, float] | None = None, **extra: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A further node, at an address of its own on loopback (127.0.0.2 ...); goes on once the cluster counts it."""
+    """A further node, at an address of its own on loopback (127.0.0.2 ...); goes on once the cluster counts it.
+
+    It has a session folder of its own, as another machine has: nodes that share one unpack what travels with a job over
+    each other.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    session = Path(tempfile.mkdtemp(prefix="psray", dir="/tmp"))
     ports = dict(
         zip(("node-manager", "object-manager", "dashboard-agent-grpc", "metrics-export"), free_ports(4), strict=True)
     )
@@ -244,6 +249,7 @@ def ray_node(
     env = environment(**head.environment, **extra)
     command = [
         *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats", f"--address={head.gcs}"),
+        f"--temp-dir={session}",
         *(f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--resources={json.dumps(resources or {})}"),
         *(f"--{name}-port={port}" for name, port in ports.items()),
         *(f"--dashboard-agent-listen-port={listen}", f"--object-store-memory={100 * 2**20}"),
@@ -261,6 +267,7 @@ def ray_node(
         yield process
     finally:
         _stop(process, signal.SIGKILL)
+        shutil.rmtree(session, ignore_errors=True)
 
 
 # --- an OpenAI-compatible endpoint
