@@ -22,7 +22,7 @@ import typer
 from pydantic import ValidationError
 
 from flows.values import load_values, shortened
-from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig, is_dashboard
 from tasks.errors import ConfigError, RunError, is_network_fault
 from tasks.experiments import ExperimentConfig
 
@@ -124,9 +124,27 @@ def submit(
     """Run a flow as a job of a Ray cluster, and follow it."""
     from flows.submit import submit_flow
 
-    values = load_values(config, set_, store)
-    parse(flow, values, config)
-    _print(as_json, submit_flow(flow, values, address), f"{flow}_markdown")
+    parsed = parse(flow, load_values(config, set_, store), config)
+    _print(as_json, submit_flow(flow, parsed, address), f"{flow}_markdown")
+
+
+@app.command()
+def cancel(
+    job: Annotated[str, typer.Argument(metavar="JOB|FLOW", help="The job's id; or a flow.", show_default=False)],
+    address: Annotated[str, typer.Option(help="Ray dashboard, http://HEAD:8265", show_default=False)],
+    config: Annotated[Path | None, typer.Argument(help="With a flow: its configuration.", show_default=False)] = None,
+    set_: Set = [],
+    store: StoreUrl = "",
+    as_json: AsJson = False,
+) -> None:
+    """Stop a job of a Ray cluster, and wait until it has ended; what it finished is kept."""
+    from flows.submit import cancel_flow, cancel_job
+
+    if config:
+        stopped = cancel_flow(job, parse(job, load_values(config, set_, store), config), address)
+    else:
+        stopped = cancel_job(job, address)
+    _print(as_json, stopped, "cancel_markdown")
 
 
 @app.command()
@@ -258,12 +276,19 @@ def _run(flow: str, path: Path, changes: list[str], store: str, dry_run: bool, a
         return
     from tasks.check import check
 
-    check(config)  # what is wrong is said at once, before a server is started for the run
+    if not is_dashboard(config.ray_address):
+        check(config)  # what is wrong is said at once, before a server is started for the run
     with _flow_environment():
         import importlib
 
+        from prefect.exceptions import CancelledRun, CrashedRun
+
         arguments = {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in values.items()}
-        result = getattr(importlib.import_module(f"flows.{flow}"), flow)(**arguments)
+        try:
+            result = getattr(importlib.import_module(f"flows.{flow}"), flow)(**arguments)
+        except (CancelledRun, CrashedRun) as error:
+            how = "cancelled" if isinstance(error, CancelledRun) else "told to end"
+            raise RunError(f"the run was {how}; what was finished is kept, run again to go on") from error
     _print(as_json, result, f"{flow}_markdown")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow
 
 from flows import markdown, reporting, stages
+from flows.running import run_on_ray
 from tasks.cluster import disconnecting
 from tasks.config import CurateConfig, PairingConfig, PublishConfig, SubsetConfig
 from tasks.explain import overlap
@@ -18,6 +19,7 @@ _PUBLISH = PublishConfig()
 
 
 @flow(name="curate")
+@run_on_ray
 def curate(
     subset: list[SubsetConfig],
     ingest: IngestConfig | None = None,
@@ -42,7 +44,7 @@ def curate(
         pair: How pairs are made from rated answers.
         publish: Form of the published files.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
-        ray_address: local starts Ray here; auto joins the cluster that this process is part of.
+        ray_address: local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.
     """
     config = CurateConfig(
         ingest=ingest,

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow
 
 from flows import markdown, reporting, stages
+from flows.running import run_on_ray
 from tasks.cluster import disconnecting
 from tasks.config import CompareConfig, EvaluateConfig, HarnessConfig
 from tasks.sections import GenerateConfig, IngestConfig, ScoreConfig
@@ -16,6 +17,7 @@ _COMPARE = CompareConfig()
 
 
 @flow(name="evaluate")
+@run_on_ray
 def evaluate(
     ingest: IngestConfig,
     generate: GenerateConfig,
@@ -34,7 +36,7 @@ def evaluate(
         evaluate: Which of the two is under test.
         harness: Tasks of lm-evaluation-harness for both, such as gsm8k.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
-        ray_address: local starts Ray here; auto joins the cluster that this process is part of.
+        ray_address: local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.
     """
     config = EvaluateConfig(
         ingest=ingest,

@@ -8,6 +8,7 @@ from prefect import flow
 
 from flows import markdown, reporting, stages
 from flows.curate import curate as run_curate
+from flows.running import run_on_ray
 from tasks.cluster import disconnecting
 from tasks.config import CurateConfig, PolicyConfig, TrainingConfig
 from tasks.experiments import ArmConfig, ExperimentConfig, HeldOutConfig, Length, ObjectiveConfig, Seeds, SubsetName
@@ -20,6 +21,7 @@ _TRAIN = TrainingConfig()
 
 
 @flow(name="experiment")
+@run_on_ray
 def experiment(
     name: Name,
     subsets: list[SubsetName],
@@ -54,7 +56,7 @@ def experiment(
         at_once: Trainings at once; 0 takes as many as there is room for.
         curate: Publishes the subsets first, if they are not there.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
-        ray_address: local starts Ray here; auto joins the cluster that this process is part of.
+        ray_address: local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.
     """
     config = ExperimentConfig(
         name=name,

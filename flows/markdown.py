@@ -365,3 +365,8 @@ def demo_markdown(result: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def cancel_markdown(report: dict[str, Any]) -> str:
+    """What became of a job that was to stop."""
+    return f"Job {report['job']} {report['status']}."

@@ -3,8 +3,6 @@
 What travels is the configuration, as a file in the job's working folder, and from a source tree the code. Secrets do
 not: the cluster has its own AWS_* variables and tokens. The job's id is a digest of the configuration, so submitting
 again finds a running job and follows it; a job that has ended is run again, which does only what is missing.
-
-The status is asked for; the log that is shown meanwhile is decoration, because Ray's stream of it may end early.
 """
 
 from __future__ import annotations
@@ -13,58 +11,113 @@ import contextlib
 import copy
 import hashlib
 import json
-import logging
 import os
-import re
 import shlex
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tasks.config import DEFAULT_STORE, is_local_path
+from flows import guard, jobs
+from tasks.cluster import code
+from tasks.config import DEFAULT_STORE, RunConfig, is_local_path
 from tasks.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-_TIMEOUT = (10, 60)  # seconds to connect, and for an answer
-_POLL = 1.0  # seconds between two questions for the status
-_LOST = 300.0  # seconds without an answer after which the cluster counts as lost
 _SHOWN = 20  # lines of a failed job's log
-_REPORT = '{"'  # how the line with the report begins
-_ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
-_OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers these to an address that was given
-_TOKEN_ADVICE = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
+_LEAVE = 30  # seconds that a job which is stopped has, to tell Prefect and to end its actors
 
 
-def submit_flow(flow: str, values: dict[str, Any], address: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """A flow with its configuration, as the cluster is given it."""
+
+    name: str
+    command: str
+    config: str  # YAML
+
+
+def submit_flow(flow: str, config: RunConfig, address: str) -> dict[str, Any]:
     """Run the flow on the cluster whose dashboard is at `address`; returns the report that the job printed.
 
     Raises ConfigError when the cluster cannot be reached, refuses the token, or the job refuses the configuration;
     RunError with the end of the job's log when the job fails.
     """
-    text = yaml.safe_dump(absolute({**values, "ray_address": "auto"}), allow_unicode=True)
-    command = entrypoint(flow)
-    name = f"prefsieve-{flow}-{hashlib.sha256(f'{command} {text}'.encode()).hexdigest()[:16]}"
-    client = _connect(address)
-    with _explained(address):
-        job = _running_job(client, name) or _start(client, command, text, name)
-    print(f"job {job} at {address}", file=sys.stderr)
+    client, job = _submitted(flow, config, address)
     try:
-        return _result(client, _followed(client, job, address))
+        return _result(*jobs.follow(client, job, address))
     except KeyboardInterrupt:
         print(
             f"job {job} goes on without this terminal; run the same command to follow it again, or end it with "
-            f"`ray job stop {job} --address {address}`",
+            f"`prefsieve cancel {job} --address {address}`",
             file=sys.stderr,
         )
         raise
+
+
+def run_flow(flow: str, config: RunConfig, address: str) -> dict[str, Any]:
+    """As `submit_flow`, but the job ends with this process, and with whatever interrupts it."""
+    client, job = _submitted(flow, config, address)
+    with guard.guarding(client, job):
+        try:
+            return _result(*jobs.follow(client, job, address))
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                print(f"job {job} is being stopped", file=sys.stderr)
+                jobs.stop(client, job, address)
+            raise
+
+
+def cancel_flow(flow: str, config: RunConfig, address: str) -> dict[str, Any]:
+    """Stop the job that runs this flow with this configuration. Raises ConfigError when there is none."""
+    name, client = prepared(flow, config).name, jobs.connect(address)
+    with jobs.explained(address):
+        running = jobs.running(client, name)
+    if not running:
+        raise ConfigError(f"no job runs {flow} with this configuration at {address}")
+    return _stopped(client, str(running.submission_id), address)
+
+
+def cancel_job(job: str, address: str) -> dict[str, Any]:
+    """Stop a job by its id. Raises ConfigError when there is none, or it has ended already."""
+    client = jobs.connect(address)
+    with jobs.explained(address):
+        known = {str(info.submission_id): info for info in client.list_jobs() if info.submission_id}
+    if job not in known:
+        running = [name for name, info in known.items() if not jobs.has_ended(info)]
+        raise ConfigError(f"job {job!r} is not known at {address}; running there: {', '.join(running) or 'none'}")
+    if jobs.has_ended(known[job]):
+        raise ConfigError(f"job {job} has ended already: {known[job].status.value.lower()}")
+    return _stopped(client, job, address)
+
+
+def _stopped(client: JobSubmissionClient, job: str, address: str) -> dict[str, Any]:
+    return {"job": job, "status": jobs.stop(client, job, address).status.value.lower()}
+
+
+# --- what travels
+
+
+def prepared(flow: str, config: RunConfig) -> Job:
+    """The same job for the same configuration, however it was written down."""
+    text = yaml.safe_dump(absolute({**given(config), "ray_address": "auto"}), allow_unicode=True)
+    command = entrypoint(flow)
+    digest = hashlib.sha256(f"{command} {text}".encode()).hexdigest()
+    return Job(f"prefsieve-{flow}-{digest[:16]}", command, text)
+
+
+def given(config: RunConfig) -> dict[str, Any]:
+    """What was said in a configuration, without its sections' defaults."""
+    fields = type(config).model_fields
+    defaults = {
+        name for name, field in fields.items() if getattr(config, name) == field.get_default(call_default_factory=True)
+    }
+    return config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=defaults)
 
 
 def absolute(values: dict[str, Any]) -> dict[str, Any]:
@@ -125,130 +178,44 @@ def _absolute(name: str, always: bool = False) -> str:
 # --- the cluster
 
 
-def _connect(address: str) -> JobSubmissionClient:
-    if not re.fullmatch(r"https?://[^/]+/?", address):
-        raise ConfigError(f"--address {address!r}: give the dashboard of the Ray cluster, such as http://HEAD:8265")
-    for name in _OVERRIDES:
-        os.environ.pop(name, None)
-    from ray.job_submission import JobSubmissionClient
-
-    for name in ("dashboard_sdk", "job.sdk"):  # uploads and closed sockets are not news
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
-
-    class Client(JobSubmissionClient):
-        """Ray's own waits for ever when packets are lost."""
-
-        def _do_request(self, *arguments: Any, **options: Any) -> Any:
-            return super()._do_request(*arguments, **{"timeout": _TIMEOUT, **options})
-
-    with _explained(address):
-        client = Client(address)
-        client.list_jobs()  # the version is told to everybody, the jobs only to who has the token
-    return client
-
-
-@contextlib.contextmanager
-def _explained(address: str) -> Iterator[None]:
-    """What goes wrong between here and the cluster, as one message that says what to do."""
-    import requests
-    from ray.exceptions import AuthenticationError
-
-    try:
-        yield
-    except AuthenticationError as error:
-        raise ConfigError(f"--address {address}: the cluster asks for its token; {_TOKEN_ADVICE}") from error
-    except (requests.RequestException, ConnectionError) as error:
-        raise ConfigError(
-            f"--address {address}: no Ray dashboard answers there; check host and port (8265 by default), and that "
-            "the cluster is up"
-        ) from error
-    except RuntimeError as error:
-        raise ConfigError(f"--address {address}: {_first_line(error)}") from error
-
-
-def _attempts(client: JobSubmissionClient, name: str) -> dict[int, JobDetails]:
-    """Every job of this configuration by attempt, from 1: NAME, NAME-2, NAME-3 ..."""
-    found = {}
-    for job in client.list_jobs():
-        if match := re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or ""):
-            found[int(match[1] or 1)] = job
-    return found
+def _submitted(flow: str, config: RunConfig, address: str) -> tuple[JobSubmissionClient, str]:
+    """The job that runs already, or one that was started now."""
+    wanted, client = prepared(flow, config), jobs.connect(address)
+    with jobs.explained(address):
+        job = _running_job(client, wanted.name) or _start(client, wanted)
+    print(f"job {job} at {address}", file=sys.stderr)
+    return client, job
 
 
 def _running_job(client: JobSubmissionClient, name: str) -> str | None:
-    for job in _attempts(client, name).values():
-        if job.status.value not in _ENDED:
-            print(f"job {job.submission_id} is already {job.status.value.lower()}: following it", file=sys.stderr)
-            return str(job.submission_id)
+    if job := jobs.running(client, name):
+        print(f"job {job.submission_id} is already {job.status.value.lower()}: following it", file=sys.stderr)
+        return str(job.submission_id)
     return None
 
 
-def _start(client: JobSubmissionClient, command: str, text: str, name: str) -> str:
+def _start(client: JobSubmissionClient, wanted: Job) -> str:
     """Submit the next attempt; when somebody else was faster, theirs is the job."""
-    last = max(_attempts(client, name), default=0)
-    job = name if last == 0 else f"{name}-{last + 1}"
+    last = max(jobs.attempts(client, wanted.name), default=0)
+    job = wanted.name if last == 0 else f"{wanted.name}-{last + 1}"
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.yaml").write_text(text, encoding="utf-8")
-        runtime_env = {"working_dir": folder, "excludes": ["__pycache__/"], **_code()}
+        Path(folder, "config.yaml").write_text(wanted.config, encoding="utf-8")
+        env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(_LEAVE)}
         try:
-            client.submit_job(entrypoint=command, submission_id=job, runtime_env=runtime_env)
+            client.submit_job(
+                entrypoint=wanted.command,
+                submission_id=job,
+                runtime_env={"working_dir": folder, "env_vars": env_vars, **code()},
+            )
         except RuntimeError:
-            if running := _running_job(client, name):
+            if running := _running_job(client, wanted.name):
                 return running
             raise
     return job
 
 
-def _code() -> dict[str, Any]:
-    """From a source tree its packages travel along; an installed prefsieve is expected on the cluster as well."""
-    root = Path(__file__).parents[1]
-    if not (root / "pyproject.toml").exists():
-        return {}
-    return {"py_modules": [str(root / "flows"), str(root / "tasks")]}
-
-
-# --- following
-
-
-def _followed(client: JobSubmissionClient, job: str, address: str) -> JobDetails:
-    """The job once it has ended. A connection that was lost is taken up again."""
-    import requests
-
-    threading.Thread(target=_show_log, args=(client, job), daemon=True).start()
-    answered = time.monotonic()
-    while True:
-        try:
-            info = client.get_job_info(job)
-        except (requests.RequestException, RuntimeError) as error:
-            if time.monotonic() - answered > _LOST:
-                raise RunError(
-                    f"job {job}: {address} has not answered for {_LOST:.0f} s ({_first_line(error)}); the job may "
-                    "still be running: run the same command to follow it again"
-                ) from error
-        else:
-            answered = time.monotonic()
-            if info.status.value in _ENDED:
-                return info
-        time.sleep(_POLL)
-
-
-def _show_log(client: JobSubmissionClient, job: str) -> None:
-    import asyncio
-
-    async def show() -> None:
-        async for lines in client.tail_job_logs(job):
-            for line in lines.splitlines():
-                if line.startswith(_REPORT):
-                    return
-                print(line, file=sys.stderr)
-
-    with contextlib.suppress(Exception):  # decoration: the status is asked for by the other thread
-        asyncio.run(show())
-
-
-def _result(client: JobSubmissionClient, info: JobDetails) -> dict[str, Any]:
+def _result(info: JobDetails, log: str) -> dict[str, Any]:
     job, status = str(info.submission_id), info.status.value
-    log = client.get_job_logs(job)
     if status == "SUCCEEDED":
         return _report(job, log)
     said = "\n  ".join(log.rstrip().splitlines()[-_SHOWN:]) or info.message
@@ -260,11 +227,7 @@ def _result(client: JobSubmissionClient, info: JobDetails) -> dict[str, Any]:
 def _report(job: str, log: str) -> dict[str, Any]:
     """The last JSON document of the log."""
     for line in reversed(log.splitlines()):
-        if line.startswith(_REPORT):
+        if line.startswith(jobs.REPORT):
             with contextlib.suppress(ValueError):
                 return dict(json.loads(line))
     raise RunError(f"job {job} succeeded, but its log holds no report; the store has what it made")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ from typing import Any
 from prefect import flow
 
 from flows import markdown, reporting, stages
+from flows.running import run_on_ray
 from tasks.cluster import disconnecting
 from tasks.config import PolicyConfig, TrainConfig, TrainingConfig
 from tasks.store import Store
@@ -17,6 +18,7 @@ _TRAIN = TrainingConfig()
 
 
 @flow(name="train")
+@run_on_ray
 def train(
     name: str,
     subset: str,
@@ -33,7 +35,7 @@ def train(
         policy: The model to start from, and the resources for training.
         train: Objective and settings.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
-        ray_address: local starts Ray here; auto joins the cluster that this process is part of.
+        ray_address: local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.
     """
     config = TrainConfig(name=name, subset=subset, policy=policy, train=train, store=store, ray_address=ray_address)
     url = config.store_url

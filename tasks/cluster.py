@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import re
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tasks.config import PolicyConfig
@@ -49,7 +51,8 @@ _WORKER_ENVIRONMENT = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PRE
 def connect(address: str = "local") -> Any:
     """Ray, started or joined on first use and kept until `disconnect`.
 
-    `local` starts Ray on this machine; `auto`, or HOST:PORT, joins a cluster. A process that has Ray keeps it.
+    `local` starts Ray on this machine; `auto`, or HOST:PORT, joins a cluster, and takes the code along. A process that
+    has Ray keeps it. Raises ConfigError when there is no cluster, or it refuses the token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data makes the core log an error per pool
@@ -70,6 +73,9 @@ def connect(address: str = "local") -> Any:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": max(4, os.cpu_count() or 1)}
     else:
         options["address"] = address
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job has its code already
+            options["runtime_env"] |= code()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
@@ -77,6 +83,9 @@ def connect(address: str = "local") -> Any:
             f"ray_address: no Ray cluster at {address!r}, or it wants a token; start one with `ray start --head`, use "
             "local, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray took it over; Prefect ends and cancels runs by it
     return ray
 
 
@@ -90,6 +99,17 @@ def _say(message: dict[str, Any], ignore_prefix: bool) -> None:
         else:
             words = f"ray: {line.splitlines()[0][:_SHOWN]}"
         print(words, file=sys.stderr, flush=True)
+
+
+def code() -> dict[str, Any]:
+    """What a runtime environment says of the code: a source tree's packages travel along, uploaded once per content.
+
+    Empty for an installed prefsieve, which is expected on the cluster as well.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / "pyproject.toml").exists():
+        return {}
+    return {"py_modules": [str(root / "flows"), str(root / "tasks")], "excludes": ["__pycache__/"]}
 
 
 @contextlib.contextmanager

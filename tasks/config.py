@@ -8,9 +8,10 @@ too: a wrong name must not cost GPU time. The sections about data and engines ar
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, WithJsonSchema, field_validator, model_validator
 
 from tasks.sections import (
     EnsembleConfig,
@@ -173,7 +174,20 @@ class PublishConfig(Section):
 
 class RunConfig(Section):
     store: str = Field("", description="Folder or s3:// URL; empty takes PREFSIEVE_STORE, else .prefsieve/store.")
-    ray_address: str = Field("local", description="local starts Ray here; auto joins the cluster this process is in.")
+    ray_address: str = Field(
+        "local",
+        description="local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.",
+    )
+
+    @field_validator("ray_address")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        if not re.fullmatch(r"local|auto|[^/@\s]+:\d{1,5}|https?://[^/@\s]+/?", value):
+            raise ValueError(
+                "give local, auto, HOST:PORT of a cluster to join, or http://HEAD:8265 of its dashboard; tokens go "
+                "into the environment"
+            )
+        return value
 
     @property
     def store_url(self) -> str:
@@ -367,6 +381,11 @@ class EvaluateConfig(RunConfig):
             if self.harness and generators[name].engine == "fake":
                 raise ValueError(f"harness: generator {name!r} is fake; the harness needs real models")
         return self
+
+
+def is_dashboard(address: str) -> bool:
+    """Whether a flow with this `ray_address` runs as a job of the cluster, not in this process."""
+    return address.startswith(("http://", "https://"))
 
 
 def is_local_path(name: str) -> bool:

@@ -243,9 +243,11 @@ def ray_node(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A further node, at an address of its own on loopback (127.0.0.2 ...); goes on once the cluster counts it.
 
+        f"--temp-dir={session}",
     gpus: what Ray is told; nobody looks for them before something runs on one.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    session = Path(tempfile.mkdtemp(prefix="psray", dir="/tmp"))
     ports = dict(
         zip(("node-manager", "object-manager", "dashboard-agent-grpc", "metrics-export"), free_ports(4), strict=True)
     )
@@ -253,6 +255,7 @@ def ray_node(
     env = environment(**head.environment, **extra)
     command = [
         *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats", f"--address={head.gcs}"),
+        f"--temp-dir={session}",
         *(f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"),
         f"--resources={json.dumps(resources or {})}",
         *(f"--{name}-port={port}" for name, port in ports.items()),
@@ -271,6 +274,7 @@ def ray_node(
         yield process
     finally:
         _stop(process, signal.SIGKILL)
+        shutil.rmtree(session, ignore_errors=True)
 
 
 # --- an OpenAI-compatible endpoint

@@ -55,6 +55,19 @@ def test_a_small_configuration_of_each_flow_is_accepted() -> None:
     assert isinstance(parse("train", train_values(), PATH), TrainConfig)
 
 
+@pytest.mark.parametrize(
+    "address", ["local", "auto", "head:6379", "[::1]:6379", "http://head:8265", "https://ray.lab/"]
+)
+def test_where_a_flow_may_run(address: str) -> None:
+    assert CurateConfig(**curate_with(), ray_address=address).ray_address == address
+
+
+@pytest.mark.parametrize("address", ["", "head", "ray://head:10001", "http://me:secret@head:8265", "head:6379/x"])
+def test_an_address_that_ray_cannot_be_found_at_is_refused(address: str) -> None:
+    said = refusal(curate_with(ray_address=address))
+    assert "ray_address: give local, auto, HOST:PORT of a cluster to join, or http://HEAD:8265" in said
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_configuration_is_accepted(path: Path) -> None:
     by_folder = {"import": ["curate"], "experiments": ["experiment"]}

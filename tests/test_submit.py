@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from flows.submit import absolute, entrypoint
+from flows.cli import FLOWS, load_values, parse
+from flows.submit import absolute, entrypoint, given, prepared
 from tests.services import ROOT, RayHead, environment, prefsieve, ray_head
 
 
@@ -68,6 +69,7 @@ def first(head: RayHead, place: Path) -> First:
 def test_ctrl_c_leaves_the_job_running_and_the_same_command_follows_it(first: First) -> None:
     assert first.status == 130, first.interrupted
     assert "goes on without this terminal" in first.interrupted
+    assert f"`prefsieve cancel {_job(first.interrupted)} --address http" in first.interrupted
     assert f"job {_job(first.interrupted)} is already" in first.attached
     assert _job(first.attached) == _job(first.interrupted)
 
@@ -174,6 +176,17 @@ def test_local_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch:
     assert absolute({"store": "kept"})["store"] == f"{here}/kept"
     monkeypatch.setenv("PREFSIEVE_STORE", "mine")
     assert absolute({})["store"] == f"{here}/mine"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_job_is_the_same_whether_a_file_or_a_form_in_prefect_says_so(path: Path) -> None:
+    values = load_values(path, [], "")
+    flow = "experiment" if "subsets" in values else "train" if "subset" in values and "policy" in values else ""
+    flow = flow or ("evaluate" if "evaluate" in values else "curate")
+    from_file = parse(flow, values, path)
+    from_form = FLOWS[flow](**{field: getattr(from_file, field) for field in FLOWS[flow].model_fields})
+    assert prepared(flow, from_file) == prepared(flow, from_form)
+    assert FLOWS[flow].model_validate(given(from_file)) == from_file, "nothing of it is lost on the way"
 
 
 @pytest.mark.parametrize(
