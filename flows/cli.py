@@ -223,7 +223,9 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, OSError) and not is_network_fault(error):
             raise  # a fault of ours: whoever mends it needs the traceback
-        _fail(f"{type(error).__name__}: {error}; what was finished is kept, run again to go on", 1)
+        asked = getattr(error, "_request", None)  # of httpx: Prefect's server
+        where = f" at {asked.url}" if asked else ""
+        _fail(f"{type(error).__name__}{where}: {error}; what was finished is kept, run again to go on", 1)
 
 
 # --- configuration
