@@ -6,6 +6,7 @@ network are tried again: a wrong configuration or a failing model would fail aga
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -36,7 +37,7 @@ from tasks.experiment_report import Experiment
 from tasks.experiments import ExperimentConfig
 from tasks.records import Completions, Duels, Pairs, PromptSet, Rewards, Selection, Version
 from tasks.sections import GenerateConfig, ImportConfig, IngestConfig, ScoreConfig
-from tasks.store import Store
+from tasks.store import UNCONDITIONAL, Store
 
 
 def _is_network_fault(task: Any, run: Any, state: Any) -> bool:
@@ -57,7 +58,7 @@ def check(config: RunConfig) -> dict[str, str]:
     """Is the store usable, and does everything exist that the configuration names?"""
     found = tasks.check.check(config)
     for what, words in found.items():
-        get_run_logger().info("%s: %s", what, words)
+        get_run_logger().log(logging.WARNING if words == UNCONDITIONAL else logging.INFO, "%s: %s", what, words)
     return found
 
 

@@ -46,6 +46,8 @@ from tasks.errors import ConfigError, RunError
 # Of a lost race on a conditional put s3fs makes a FileExistsError for some servers, a bare OSError for others.
 _LOST_RACE = {"PreconditionFailed", "412"}
 
+UNCONDITIONAL = "the server ignores If-None-Match: let one run at a time write to this store"
+
 _SCHEMA = b"prefsieve.schema"  # where a table keeps the digest of its columns' names and types
 
 
@@ -255,7 +257,7 @@ class Store:
             store.fs.rm_file(store.full(probe))
         if first and not second and kept == b"1":
             return "writes are conditional: two runs may share this store"
-        return "the server ignores If-None-Match: let one run at a time write to this store"
+        return UNCONDITIONAL
 
     def reach(self) -> str:
         """What was found out; RunError, at once, when the store cannot be read. A folder that is not there is empty."""

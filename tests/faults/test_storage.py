@@ -82,6 +82,17 @@ def test_a_server_that_fails_now_and_then_changes_nothing(
     assert [stage["dropped"] for stage in found["stages"]] == [stage["dropped"] for stage in undisturbed["stages"]]
 
 
+def test_a_server_that_ignores_conditions_is_said_when_a_run_starts(
+    configuration: Path, between: Proxy, s3: SeaweedFS, env: dict[str, str], undisturbed: Any
+) -> None:
+    between.rule = lambda method, path: "deaf"
+    run = start(configuration, f"s3://{s3.bucket}/deaf", env)
+    out, log = run.communicate(timeout=300)
+    assert json.loads(out)["subsets"] == undisturbed["subsets"]
+    (said,) = [line for line in log.splitlines() if "ignores If-None-Match: let one run at a time write" in line]
+    assert "WARNING" in said and "INFO    | Task run 'ingest'" not in log[: log.index(said)]
+
+
 def test_a_server_that_is_gone_for_a_minute_is_waited_for_or_a_rerun_goes_on(
     configuration: Path, between: Proxy, s3: SeaweedFS, env: dict[str, str], undisturbed: Any
 ) -> None:
