@@ -218,7 +218,7 @@ def main() -> None:
     else:
         print(table(runs), file=sys.stderr)
         about = machine("numpy", "pyarrow", "ray", "prefect")
-        result = {"shard_size": arguments.shard_size, "runs": runs, "machine": about}
+        result = {f"shard_size {arguments.shard_size}": {"runs": runs, "machine": about}}
     kept = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {}
     print(json.dumps({**kept, **result}, indent=2))
     if arguments.out:
