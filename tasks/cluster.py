@@ -102,8 +102,9 @@ def _say(message: dict[str, Any], ignore_prefix: bool) -> None:
 
 
 def code() -> dict[str, Any]:
-    """What a runtime environment says of the code: a source tree's packages travel along, uploaded once per content.
+    """What a runtime environment says of the code: a source tree's packages travel along.
 
+    They are 0.8 MB, uploaded once per content and unpacked once per node: a tenth of a second when a cluster is joined.
     Empty for an installed prefsieve, which is expected on the cluster as well.
     """
     root = Path(__file__).parents[1]

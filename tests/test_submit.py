@@ -129,6 +129,19 @@ def test_what_the_job_finds_wrong_is_a_configuration_error_here_too(head: RayHea
     assert "/no/such/file.jsonl" in done.stderr
 
 
+def test_a_job_that_is_not_there_or_has_ended_cannot_be_cancelled(head: RayHead, place: Path, first: First) -> None:
+    ended = _job(first.interrupted)
+    refusals = {
+        ("another",): "job 'another' is not known at http",
+        (ended,): f"job {ended} has ended already: succeeded",
+        ("curate", "curate.yaml"): "no job runs curate with this configuration at http",
+    }
+    for which, said in refusals.items():
+        done = prefsieve("cancel", *which, "--address", head.address, env=_client(head), cwd=place)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
 @pytest.mark.parametrize("wrong", [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN": ""}])
 def test_a_wrong_or_missing_token_is_refused_with_the_variables_to_set(
     head: RayHead, place: Path, tmp_path: Path, wrong: dict[str, str]
