@@ -8,11 +8,12 @@ for every training on the same version, model and length.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
-import tempfile
 import time
-from pathlib import Path
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from tasks import models
@@ -157,7 +158,8 @@ class TrainWorker:
         checkpoint = job.last_complete()  # one for all
         each = {"CPU": policy.cpus, **({"GPU": policy.gpus} if policy.gpus else {})}
         board = ray.get_runtime_context().current_actor
-        with tempfile.TemporaryDirectory() as room:
+        store = Store(self.store_url)
+        with _common_room(store, job.inputs) as room:
             TorchTrainer(
                 _share,
                 train_loop_config={
@@ -169,8 +171,23 @@ class TrainWorker:
                 scaling_config=ScalingConfig(
                     num_workers=policy.workers, use_gpu=policy.gpus > 0, resources_per_worker=each
                 ),
-                run_config=RunConfig(storage_path=str(Path(room) / "ray"), name="train"),
+                run_config=RunConfig(**room, name="train"),
             ).fit()
+
+
+@contextlib.contextmanager
+def _common_room(store: Store, inputs: str) -> Iterator[dict[str, Any]]:
+    """A folder that all nodes of a cluster see, which Ray Train insists on; the store is what they share for sure."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    path = f".room/{inputs}-{uuid.uuid4().hex}"
+    try:
+        yield {
+            "storage_path": store.full(path),
+            "storage_filesystem": None if store.local else PyFileSystem(FSSpecHandler(store.fs)),
+        }
+    finally:
+        store.remove(path)
 
 
 def _share(given: dict[str, Any]) -> None:

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tasks.store import Store
 from tests.services import ROOT, RayHead
 
 ENGINE = "ray::MapWorker"  # how the process of an engine calls itself
 
+PROMPTS, SHARD = 48, 8  # of the configuration that tests share
+SHARDS = PROMPTS // SHARD
 
 # One of each per cluster, detached, made by whoever first uses Ray Data there.
 RAY_DATAS_OWN = ("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker")
@@ -29,11 +32,16 @@ def start(
     return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def report(run: subprocess.Popen[str], timeout: float = 300) -> dict[str, Any]:
+def report(run: subprocess.Popen[str]) -> dict[str, Any]:
     """What a run printed when it had ended well."""
+    return ended(run)[0]
+
+
+def ended(run: subprocess.Popen[str], timeout: float = 300) -> tuple[dict[str, Any], str]:
+    """The same, with the log."""
     out, log = run.communicate(timeout=timeout)
     assert run.returncode == 0, log[-4000:]
-    return json.loads(out)
+    return json.loads(out), log
 
 
 def wait_for(ready: Callable[[], bool], run: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -62,6 +70,14 @@ def _there(head: RayHead, what: str) -> list[Any]:
     ]
 
 
+def next_file(store: Store, stage: str, run: subprocess.Popen[str]) -> float:
+    """Seconds until one more file of a stage is there, or the run has ended; waits for it."""
+    began, before = time.monotonic(), len(store.list(stage))
+    while len(store.list(stage)) <= before and run.poll() is None:
+        time.sleep(0.1)
+    return round(time.monotonic() - began, 1)
+
+
 def processes(mark: str, name: str = "") -> list[int]:
     """Those that inherited an environment variable with this value, and whose command begins with a name."""
     found = []
@@ -83,3 +99,8 @@ def kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def made(found: dict[str, Any], stage: str) -> int:
+    (row,) = [row for row in found["stages"] if row["stage"] == stage]
+    return int(row["shards_made"])

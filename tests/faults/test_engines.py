@@ -73,7 +73,6 @@ def test_a_prompt_that_an_engine_dies_over_is_refused_and_all_others_are_answere
     found, expected = texts(completions, store), texts(undisturbed.completions, undisturbed.store)
     assert [found[key] == expected[key] for key in expected].count(False) == 1
     assert sorted(map(len, found.values()))[:2] == [0, 2]
-    assert completions.work.engine_starts > 1
     again = generate(wanted.generate, prompt_set, store)
     assert again.work.engine_starts == 0
 

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from examples.tinyworld.build import build
+from flows.demo import WORLD
 from tasks.store import Store
-from tests.conftest import TinyModels, curate_values, prompts, write_jsonl
+from tests.conftest import curate_values, prompts, write_jsonl
 from tests.faults.runs import ENGINE, kill, processes, report, start, wait_for
-from tests.services import environment
+from tests.services import ROOT, environment
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 PARTS = "VLLM::Worker_TP"  # how vLLM calls the processes of its tensor-parallel parts
 
 
-@pytest.fixture
-def mark() -> Iterator[str]:
-    value = secrets.token_hex(8)
-    yield value
-    kill(processes(value))
-
-
 def test_an_engine_in_two_parts_ends_as_a_whole_and_is_started_again_as_a_whole(
-    tiny_models: TinyModels, prefect_api: str, tmp_path: Path, mark: str, store: Store
+    prefect_api: str, tmp_path: Path, mark: str, store: Store
 ) -> None:
     source = write_jsonl(tmp_path / "prompts.jsonl", prompts(12))
     policy = {
         "name": "policy",
         "engine": "vllm",
-        "model": str(tiny_models.generator),
+        "model": str(build(ROOT / WORLD) / "policy"),
         "sampling": {"max_tokens": 6},
         "engine_args": {"tensor_parallel_size": 2},
-        "max_model_len": tiny_models.room,
+        "max_model_len": 64,
         "cpus": 2,
     }
     values = curate_values(

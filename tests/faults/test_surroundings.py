@@ -9,32 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tasks.store import Store
-from tests.conftest import curate_values, generator, prompts, scorer, write_jsonl
-from tests.faults.runs import report, start, wait_for
+from tests.faults.runs import SHARDS, made, report, start, wait_for
 from tests.services import ROOT, environment, prefect_server
-
-PROMPTS, SHARD = 96, 8
-
-
-@pytest.fixture(scope="module")
-def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engines that take a twentieth of a second per request."""
-    folder = tmp_path_factory.mktemp("surroundings")
-    source = write_jsonl(folder / "prompts.jsonl", prompts(PROMPTS))
-    (folder / "faults.json").write_text(json.dumps({"": "sleep 0.05"}))
-    slow = {"engine_args": {"faults": str(folder / "faults.json")}}
-    values = curate_values(
-        source,
-        ingest={"source": str(source), "shard_size": SHARD},
-        generate={"samples": 4, "generators": [generator(**slow)]},
-        score={"scorers": [scorer(**slow)]},
-    )
-    path = folder / "curate.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 @pytest.fixture
@@ -42,27 +20,15 @@ def env(prefect_api: str, tmp_path: Path) -> dict[str, str]:
     return environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path / "prefect"))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(configuration: Path, prefect_api: str, tmp_path_factory: Any) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    plain = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"))
-    return report(start(configuration, folder / "store", plain))
-
-
-def made(found: dict[str, Any], stage: str) -> int:
-    (row,) = [row for row in found["stages"] if row["stage"] == stage]
-    return int(row["shards_made"])
-
-
 def test_a_full_disk_ends_the_run_in_words_and_with_room_a_rerun_goes_on(
-    configuration: Path, env: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path
+    configuration: Path, env: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, measured: dict[str, Any]
 ) -> None:
     """The store is a disk of its own, of a namespace of its own: it is gone with the last process."""
     store = tmp_path / "store"
     store.mkdir()
     curate = f"{sys.executable} -m flows.cli curate {configuration} --store {store} --json"
     script = f"""
-        mount -t tmpfs -o size=128k tmpfs {store} || exit 99
+        mount -t tmpfs -o size=96k tmpfs {store} || exit 99
         {curate}; echo "status $?" >&2
         find {store} -path '*completions*.parquet' | wc -l
         mount -o remount,size=64m {store}
@@ -78,7 +44,8 @@ def test_a_full_disk_ends_the_run_in_words_and_with_room_a_rerun_goes_on(
     there, again = done.stdout.splitlines()
     found = json.loads(again)
     assert found["subsets"] == undisturbed["subsets"]
-    assert 0 < int(there) == PROMPTS // SHARD - made(found, "generate")
+    assert 0 < int(there) == SHARDS - made(found, "generate")
+    measured["finished shards made again"] = int(there) + made(found, "generate") - SHARDS
 
 
 CLOCK = """
