@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +135,39 @@ def test_a_run_by_button_with_other_parameters_completes_and_shows_its_artifacts
     assert [row["pairs"] for row in json.loads(listed.stdout)["subsets"]] == [6]
 
 
+KEYED = """
+import hashlib, os
+
+def score(prompt, text):
+    return {digest: 1.0}[hashlib.sha256(os.environ["SCORER_KEY"].encode()).hexdigest()]
+"""
+
+
+def test_a_key_of_a_secret_block_reaches_a_scorer_and_nothing_that_can_be_read(
+    api: httpx.Client, deployed: str, tmp_path: Path
+) -> None:
+    """Through the work pool's job variables, as docs/security.md says."""
+    key, store = secrets.token_hex(16), tmp_path / "store"
+    save = "import sys; from prefect.blocks.system import Secret; Secret(value=sys.stdin.read()).save('scorer-key')"
+    env = environment(PREFECT_API_URL=_url(api), PREFECT_HOME=str(tmp_path / "home"))
+    subprocess.run([sys.executable, "-c", save], input=key, env=env, text=True, check=True)
+    file = tmp_path / "keyed.py"
+    file.write_text(KEYED.replace("digest:", repr(hashlib.sha256(key.encode()).hexdigest()) + ":"))
+    parameters = _fake_parameters(tmp_path, store)
+    parameters["score"]["scorers"] += [{"name": "keyed", "type": "function", "function": f"{file}:score"}]
+    variables = {"env": {"SCORER_KEY": "{{ prefect.blocks.secret.scorer-key }}"}}
+    with prefect_worker(_url(api), "prefsieve", tmp_path / "worker"):
+        created = _start(api, parameters, job_variables=variables)
+        assert created.status_code == 201, created.text
+        run = _finished(api, created.json()["id"])
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    logs = api.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [run["id"]]}}}).text
+    shown = [json.dumps(run), logs, json.dumps(_artifacts(api, run["id"]))]
+    files = [file.read_bytes() for root in (store, tmp_path / "worker") for file in root.rglob("*") if file.is_file()]
+    assert not any(key in text for text in shown)
+    assert len(files) > 10 and not any(key.encode() in content for content in files)
+
+
 @pytest.mark.parametrize(
     ("section", "value", "said"),
     [
@@ -226,10 +263,10 @@ def _deployment(api: httpx.Client, flow: str) -> dict[str, Any]:
     return dict(found.json())
 
 
-def _start(api: httpx.Client, parameters: dict[str, Any]) -> httpx.Response:
+def _start(api: httpx.Client, parameters: dict[str, Any], **more: Any) -> httpx.Response:
     """What the button in the UI does."""
     deployment = _deployment(api, "curate")["id"]
-    return api.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
+    return api.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters, **more})
 
 
 def _finished(api: httpx.Client, run_id: str) -> dict[str, Any]:

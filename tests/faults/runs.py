@@ -21,9 +21,6 @@ ENGINE = "ray::MapWorker"  # how the process of an engine calls itself
 PROMPTS, SHARD = 48, 8  # of the configuration that tests share
 SHARDS = PROMPTS // SHARD
 
-# One of each per cluster, detached, made by whoever first uses Ray Data there.
-RAY_DATAS_OWN = ("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker")
-
 
 def start(
     configuration: Path, store: str | Path, env: dict[str, str], *more: str, flow: str = "curate"
@@ -61,13 +58,16 @@ def left_on(head: RayHead, seconds: float = 30) -> list[Any]:
 
 
 def _there(head: RayHead, what: str) -> list[Any]:
-    url = f"{head.address}/api/v0/{what}?limit=1000&detail=0"
+    url = f"{head.address}/api/v0/{what}?limit=1000&detail=1"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {head.token}"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         found = json.load(answer)["data"]["result"]["result"]
-    return [
-        one for one in found if one["state"] not in ("DEAD", "REMOVED") and one.get("class_name") not in RAY_DATAS_OWN
-    ]
+    return [one for one in found if one["state"] not in ("DEAD", "REMOVED") and not _of_the_cluster(one)]
+
+
+def _of_the_cluster(actor: dict[str, Any]) -> bool:
+    """Ray Data keeps three detached actors per cluster, however many runs there are; a job's supervisor is another."""
+    return bool(actor.get("is_detached")) and not actor["name"].startswith("_ray_internal_job_actor")
 
 
 def next_file(store: Store, stage: str, run: subprocess.Popen[str]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,16 @@ def test_a_run_that_is_killed_goes_on_and_computes_only_what_is_missing(
     measured["finished shards made again"] = made(found, "generate") + there - SHARDS
 
 
-@pytest.mark.parametrize(
-    ("what", "number"),
-    [("/completions/", 3), ("/rewards/", 2), ("/pairs.parquet", 1), ("/subsets/top/", 2), ("/latest.json", 1)],
-    ids=["completions", "rewards", "pairs", "between data and manifest", "latest"],
-)
-def test_a_machine_that_stops_in_mid_write_leaves_nothing_half_done(
-    what: str,
-    number: int,
+STOPS = [  # in which write, and in the how manieth of a run
+    ("/completions/", 3),
+    ("/rewards/", 2),
+    ("/pairs.parquet", 1),
+    ("/subsets/top/", 2),  # between data and manifest
+    ("/latest.json", 1),
+]
+
+
+def test_a_machine_that_stops_in_mid_write_again_and_again_leaves_nothing_half_done_and_makes_nothing_twice(
     configuration: Path,
     env: dict[str, str],
     mark: str,
@@ -89,22 +92,26 @@ def test_a_machine_that_stops_in_mid_write_leaves_nothing_half_done(
     between: Proxy,
 ) -> None:
     env = {**env, **s3.environment(), "AWS_ENDPOINT_URL": between.url}
-    store = f"s3://{s3.bucket}/stopped{number}-{mark}"
+    store = f"s3://{s3.bucket}/stopped"
+    for what, number in STOPS:
+        writes = 0
 
-    def stop(method: str, path: str) -> str | None:
-        wanted = [seen for kind, seen in between.seen if kind == "PUT" and what in seen]
-        if method == "PUT" and what in path and len(wanted) == number:
+        def stop(method: str, path: str, what: str = what, number: int = number) -> str | None:
+            nonlocal writes
+            writes += method == "PUT" and what in path
+            if writes < number or what not in path:
+                return None
             kill(processes(mark))
             return "reset"
-        return None
 
-    between.rule = stop
-    run = start(configuration, store, env)
-    _, log = run.communicate(timeout=200)
-    assert run.returncode == -signal.SIGKILL, log[-2000:]
+        between.rule = stop
+        run = start(configuration, store, env)
+        _, log = run.communicate(timeout=200)
+        assert run.returncode == -signal.SIGKILL, (what, log[-2000:])
     between.rule = lambda method, path: None
-    done = {path for method, path in between.seen if method == "PUT"} - {path for _, path in between.failed}
     found = report(start(configuration, store, env))
     assert found["subsets"] == undisturbed["subsets"]
-    finished = {path for path in done if "/completions/" in path}
-    assert made(found, "generate") == SHARDS - len({path.partition("?")[0] for path in finished})
+    done = Counter(path for method, path in between.seen if method == "PUT")
+    done -= Counter(path for method, path in between.failed if method == "PUT")
+    made = [times for path, times in done.items() if "/completions/" in path or "/rewards/" in path]
+    assert made == [1] * 2 * SHARDS

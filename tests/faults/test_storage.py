@@ -46,22 +46,29 @@ def undisturbed(configuration: Path, s3: SeaweedFS, prefect_api: str, tmp_path_f
     return report(start(configuration, f"s3://{s3.bucket}/undisturbed", direct))
 
 
-def every(number: int, what: Any) -> Callable[[str, str], Any]:
-    """Something for about one request in so many; which ones is drawn."""
-    rng = random.Random(number)
-    return lambda method, path: what if rng.random() < 1 / number else None
+def now_and_then(**faults: Any) -> Callable[[str, str], Any]:
+    """Each fault for about one request in so many; which ones is drawn."""
+    rng = random.Random(0)
+
+    def rule(method: str, path: str) -> Any:
+        return next((FAULTS[name] for name, number in faults.items() if rng.random() < 1 / number), None)
+
+    return rule
+
+
+FAULTS = {"error": 500, "slow_down": 503, "reset": "reset", "lost": "lost", "slow": 0.5}
 
 
 @pytest.mark.parametrize(
     "rule",
-    [every(6, 500), every(6, 503), every(8, "reset"), every(8, "lost"), every(4, 0.5)],
-    ids=["500", "503 SlowDown", "reset", "answer lost", "slow"],
+    [now_and_then(error=8, slow_down=8), now_and_then(reset=10, lost=10, slow=5)],
+    ids=["500 and 503 SlowDown", "reset, answer lost, slow"],
 )
 def test_a_server_that_fails_now_and_then_changes_nothing(
     rule: Any, configuration: Path, between: Proxy, s3: SeaweedFS, env: dict[str, str], undisturbed: Any, request: Any
 ) -> None:
     between.rule = rule
-    store = f"s3://{s3.bucket}/{request.node.callspec.id.replace(' ', '-')}"
+    store = f"s3://{s3.bucket}/{request.node.callspec.id[:3]}"
     found = report(start(configuration, store, env))
     assert len(between.failed) > 5
     assert found["subsets"] == undisturbed["subsets"]

@@ -26,7 +26,7 @@ import yaml
 from tasks.store import Store
 from tests.conftest import curate_values, files_below, generator, prompts, scorer, write_jsonl
 from tests.faults.relay import relay
-from tests.faults.runs import ENGINE, kill, processes, report, wait_for
+from tests.faults.runs import ENGINE, kill, left_on, processes, report, wait_for
 from tests.services import ROOT, RayHead, environment, prefect_worker, prefsieve, ray_head, ray_node
 
 PROMPTS, SHARD = 160, 8
@@ -56,16 +56,11 @@ class Cluster(NamedTuple):
         with urlopen(Request(f"{self.head.address}{path}", headers=headers), timeout=20) as answer:
             return json.loads(answer.read())
 
-    def there(self, kind: str) -> list[dict[str, Any]]:
-        """Actors or placement groups that are not gone."""
-        rows = self.ask(f"/api/v0/{kind}?limit=1000&detail=1")["data"]["result"]["result"]
-        return [row for row in rows if row["state"] not in ("DEAD", "REMOVED") and not _of_the_cluster(row)]
-
     def left(self) -> list[Any]:
         """What runs leave behind when they do not end as they should."""
         engines = processes(self.marks["node"], ENGINE)
         drivers = processes(self.marks["head"], f"{sys.executable} -m flows.cli")
-        return [*self.there("actors"), *self.there("placement_groups"), *engines, *drivers]
+        return [*left_on(self.head, 0), *engines, *drivers]
 
 
 class Work(NamedTuple):
@@ -299,11 +294,6 @@ def command(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
-
-
-def _of_the_cluster(actor: dict[str, Any]) -> bool:
-    """Ray Data keeps three detached actors per cluster, however many runs there are; a job's supervisor is another."""
-    return bool(actor.get("is_detached")) and not actor["name"].startswith("_ray_internal_job_actor")
 
 
 def shipped(cluster: Cluster, work: Work) -> bool:
