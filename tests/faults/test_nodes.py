@@ -30,7 +30,7 @@ def score(prompt, text):
     context = ray.get_runtime_context()
     about = {"has": context.get_assigned_resources(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     Path(__file__).with_name(f"{context.get_actor_id()}.json").write_text(json.dumps(about))
-    return 1.0
+    return float(sum(map(ord, text)) % 97)
 """
 
 
