@@ -129,13 +129,17 @@ def test_who_asks_for_pickles_by_name_gets_them(pickled: Path, tmp_path: Path) -
 
 
 def test_no_module_unpickles_or_evaluates_anything() -> None:
-    """Imports and calls of flows/ and tasks/; transformers' Trainer reads checkpoints by weights_only alone."""
+    """Imports and calls of flows/ and tasks/; transformers' Trainer reads checkpoints by weights_only alone.
+
+    One module starts a process: itself, by a list of words of its own.
+    """
     forbidden = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "subprocess"}
+    starts = {ROOT / "flows" / "guard.py": {"subprocess"}}
     for path in [*(ROOT / "flows").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-                assert not {name.split(".")[0] for name in names} & forbidden, path
+                assert not {name.split(".")[0] for name in names} & (forbidden - starts.get(path, set())), path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in {"eval", "exec", "os.system", "os.popen", "torch.load", "yaml.unsafe_load"}, path
