@@ -47,11 +47,20 @@ Set = Annotated[list[str], typer.Option("--set", help="Change a value: --set gen
 StoreUrl = Annotated[str, typer.Option("--store", help="Folder or s3:// URL.", show_default="PREFSIEVE_STORE")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, do nothing.")]
+Flow = Annotated[
+    str, typer.Argument(help=f"{', '.join(FLOWS)}.", show_default=False, autocompletion=lambda: list(FLOWS))
+]
 Wanted = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="A published subset.", show_default=False)]
 
 Row = Annotated[
     str, typer.Option(metavar="PROMPT_ID", help="Why its pair is in or out; 8 characters will do.", show_default=False)
 ]
+
+
+def _recipes() -> list[str]:
+    from flows.init import RECIPES
+
+    return list(RECIPES)
 
 
 @app.command()
@@ -62,6 +71,25 @@ def demo(as_json: AsJson = False) -> None:
     with _flow_environment():
         result = run_demo()
     _print(as_json, result, "demo_markdown")
+
+
+@app.command()
+def init(
+    recipe: Annotated[
+        str,
+        typer.Argument(help="Without one, what there is.", show_default=False, autocompletion=_recipes),
+    ] = "",
+    file: Annotated[Path | None, typer.Argument(help="To write; by default RECIPE.yaml.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A commented configuration to start from."""
+    from flows.init import list_recipes, write_recipe
+
+    if recipe:
+        _print(as_json, write_recipe(recipe, file, force), "written_markdown")
+    else:
+        _print(as_json, list_recipes(), "recipes_markdown")
 
 
 @app.command()
@@ -114,7 +142,7 @@ def experiment(
 
 @app.command()
 def submit(
-    flow: Annotated[str, typer.Argument(help="curate, train, evaluate or experiment.", show_default=False)],
+    flow: Flow,
     config: Config,
     address: Annotated[str, typer.Option(help="Ray dashboard, http://HEAD:8265", show_default=False)],
     set_: Set = [],
@@ -130,7 +158,15 @@ def submit(
 
 @app.command()
 def cancel(
-    job: Annotated[str, typer.Argument(metavar="JOB|FLOW", help="The job's id; or a flow.", show_default=False)],
+    job: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOB|FLOW",
+            help="The job's id; or a flow.",
+            show_default=False,
+            autocompletion=lambda: list(FLOWS),
+        ),
+    ],
     address: Annotated[str, typer.Option(help="Ray dashboard, http://HEAD:8265", show_default=False)],
     config: Annotated[Path | None, typer.Argument(help="With a flow: its configuration.", show_default=False)] = None,
     set_: Set = [],
@@ -204,7 +240,7 @@ def doctor(
     from flows.doctor import examine
 
     values = load_values(config, set_, store) if config else {"store": store}
-    result = examine(_parse_any(values, config) if config else RunConfig.model_validate(values))
+    result = examine(parse(flow_of(values), values, config) if config else RunConfig.model_validate(values))
     _print(as_json, result, "doctor_markdown")
     if not all(row["ok"] for row in result["checks"]):
         raise typer.Exit(1)
@@ -258,11 +294,10 @@ def describe_errors(error: ValidationError) -> str:
     return "\n  ".join([*lines, *([f"... and {more:,} more"] if more else [])])
 
 
-def _parse_any(values: dict[str, Any], path: Path) -> Any:
-    """doctor takes any flow's configuration: told by the sections it has."""
+def flow_of(values: dict[str, Any]) -> str:
+    """Whose configuration this is, told by the sections it has."""
     signs = {"subsets": "experiment", "policy": "train", "evaluate": "evaluate"}
-    flow = next((flow for section, flow in signs.items() if section in values), "curate")
-    return parse(flow, values, path)
+    return next((flow for section, flow in signs.items() if section in values), "curate")
 
 
 # --- running and printing

@@ -5,6 +5,7 @@ What is long stands in lists, a line each, since a terminal squeezes the columns
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from flows.explained import cut, explained, funnel, overlap_lines, pairing_lines, plain, short, table
@@ -12,6 +13,26 @@ from tasks.card import adaptive_words, dropped_words, selection_words
 from tasks.describe import number
 from tasks.experiment_words import experiment_lines
 from tasks.progress import duration
+
+
+def recipes_markdown(result: dict[str, Any]) -> str:
+    """What there is to start from."""
+    rows = [f"- **{row['recipe']}** ({row['flow']}): {plain(row['what'])}" for row in result["recipes"]]
+    return "\n".join([*rows, "", "`prefsieve init RECIPE` writes one to RECIPE.yaml.", ""])
+
+
+def written_markdown(result: dict[str, Any]) -> str:
+    """What was written, and what to do with it."""
+    file, change = shlex.quote(result["file"]), ", ".join(map(str, result["change"]))
+    steps = {
+        f"prefsieve doctor {file}": "what would fail, before a GPU is paid for",
+        f"prefsieve {result['flow']} {file} --dry-run": "what would be done; changes nothing",
+        f"prefsieve {result['flow']} {file}": "does it",
+    }
+    width = max(map(len, steps)) + 4
+    lines = [f"{command:{width}}# {what}" for command, what in steps.items()]
+    says = f"{plain(file)} is written. Lines {change} are yours to change; they are marked CHANGE. Then:"
+    return "\n".join([says, "", "```", *lines, "```", ""])
 
 
 def curate_markdown(report: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ def test_help_and_its_absence(cli: Command) -> None:
     shown = cli("--help")
     assert shown.status == 0
     for command in (
+        "init",
         "curate",
         "train",
         "evaluate",
