@@ -1,4 +1,4 @@
-"""What is shipped to run elsewhere: the image, the Kubernetes manifests, the deployments and every configuration."""
+"""What is shipped to run elsewhere: the image, and the Kubernetes manifests with what no schema sees of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
-from flows.cli import FLOWS, load_values, parse
-from flows.deploy import read_deployments
-from tasks.errors import ConfigError
+from flows.cli import parse
 from tests.services import ROOT
 
 INFRA = ROOT / "infra"
@@ -27,63 +25,11 @@ README = INFRA / "README.md"
 MANIFESTS = sorted(path for path in INFRA.rglob("*.yaml") if path.name != "kustomization.yaml")
 SCHEMAS = ROOT / "tests" / "schemas"
 COMPONENT = "app.kubernetes.io/component"  # the label by which everything here tells pods apart
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 DOCKERFILES = sorted((ROOT / "docker").rglob("*Dockerfile*"))
 INSTRUCTIONS = {
-    "ADD",
-    "ARG",
-    "CMD",
-    "COPY",
-    "ENTRYPOINT",
-    "ENV",
-    "EXPOSE",
-    "FROM",
-    "HEALTHCHECK",
-    "LABEL",
-    "ONBUILD",
-} | {*("RUN", "SHELL", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR")}
-
-
-# --- configurations and deployments
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_shipped_configuration_is_one_that_a_flow_takes(path: Path) -> None:
-    values = load_values(path, [], "")
-    if path.stem in FLOWS:
-        parse(path.stem, values, path)
-    else:
-        assert [flow for flow in FLOWS if _accepts(flow, values, path)], f"no flow takes {path}"
-
-
-def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
-    deployments = read_deployments(ROOT / "deployments" / "prefect.yaml")
-    assert {"curate", "train", "evaluate", "experiment"} <= {deployment.name for deployment in deployments}
-    for deployment in deployments:
-        flow = deployment.entrypoint.rsplit(".", 1)[-1]
-        parse(flow, deployment.parameters, Path("deployments/prefect.yaml"))
-        assert deployment.entrypoint == f"flows.{flow}.{flow}"
-        assert deployment.description
-        assert deployment.work_pool.job_variables["working_dir"] == "."
-
-
-@pytest.mark.parametrize("flow", ["curate", "train", "evaluate"])
-def test_the_form_starts_with_the_small_worlds_configuration(flow: str) -> None:
-    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == flow]
-    assert deployed.parameters == load_values(ROOT / "configs" / "tinyworld" / f"{flow}.yaml", [], "")
-
-
-def test_the_form_of_an_experiment_starts_with_the_one_on_pvar() -> None:
-    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == "experiment"]
-    assert deployed.parameters == load_values(ROOT / "configs" / "experiments" / "pvar.yaml", [], "")
-
-
-def test_the_deployments_file_is_one_that_prefect_takes_and_pulls_nothing() -> None:
-    from prefect.cli.deploy._models import PrefectYamlModel
-
-    content = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
-    PrefectYamlModel.model_validate(content)
-    assert content["pull"] == [], "with null Prefect would record the deployer's folder"
+    *("ADD", "ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "EXPOSE", "FROM", "HEALTHCHECK"),
+    *("LABEL", "ONBUILD", "RUN", "SHELL", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR"),
+}
 
 
 # --- the image
@@ -307,6 +253,21 @@ def test_ray_clusters_ask_for_a_token_hold_no_secret_and_do_not_run_as_root() ->
         assert [group["groupName"] for group in spec["workerGroupSpecs"]] == ["cpu", "gpu"]
 
 
+def test_a_run_is_told_what_the_cluster_may_grow_to() -> None:
+    for spec in _cluster_specs():
+        assert spec["enableInTreeAutoscaling"]
+        assert spec["autoscalerOptions"]["version"] == "v2"
+        head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+        [said] = [variable["value"] for variable in head["env"] if variable["name"] == "PREFSIEVE_NODES"]
+        grown = []
+        for group in spec["workerGroupSpecs"]:
+            assert group["minReplicas"] == group["replicas"] == 0
+            has = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+            node = {"CPU": float(has["cpu"]), "GPU": float(has.get("nvidia.com/gpu", 0))}
+            grown.append({"nodes": group["maxReplicas"], **{kind: amount for kind, amount in node.items() if amount}})
+        assert json.loads(said) == grown
+
+
 def test_ray_in_the_manifests_is_the_ray_that_is_installed() -> None:
     assert {str(spec["rayVersion"]) for spec in _cluster_specs()} == {_pins()["ray"]}
 
@@ -332,14 +293,6 @@ def test_the_jobs_configuration_is_one_that_curate_takes_and_fits_the_workers() 
 
 
 # --- readers
-
-
-def _accepts(flow: str, values: dict[str, Any], path: Path) -> bool:
-    try:
-        parse(flow, values, path)
-    except ConfigError:
-        return False
-    return True
 
 
 def _instructions(path: Path) -> list[tuple[str, str]]:
