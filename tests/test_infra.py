@@ -190,7 +190,9 @@ def test_every_name_that_is_referred_to_is_defined_or_is_for_the_reader_to_make(
                     assert (each["kind"], each["name"]) in defined
 
 
-def test_services_and_their_addresses_lead_to_a_port_that_a_pod_opens() -> None:
+def test_services_and_their_addresses_lead_to_a_port_that_a_pod_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import Settings
+
     ports = {}
     for service in (doc for path in MANIFESTS for doc in _documents(path) if doc["kind"] == "Service"):
         [pod] = _selected(service["spec"]["selector"])
@@ -202,10 +204,10 @@ def test_services_and_their_addresses_lead_to_a_port_that_a_pod_opens() -> None:
     ports[f"{cluster['metadata']['name']}-head-svc"] = _ports([head])["dashboard"]  # made by KubeRay
     texts = "".join(path.read_text() for path in [README, *MANIFESTS])
     assert {(host, int(port)) for host, port in re.findall(r"(prefsieve-[\w-]+):(\d+)", texts)} <= set(ports.items())
-    [server] = _selected({COMPONENT: "prefect-server"})
-    settings = {variable["name"]: variable.get("value") for variable in server["spec"]["containers"][0]["env"]}
-    database = settings["PREFECT_SERVER_DATABASE_HOST"], int(settings["PREFECT_SERVER_DATABASE_PORT"])
-    assert database in ports.items()
+    for name, value in _settings("prefect-server"):
+        monkeypatch.setenv(name, value or "secret")
+    address = Settings().server.database.connection_url.get_secret_value()
+    assert address == f"postgresql+asyncpg://prefect:secret@prefsieve-postgres:{ports['prefsieve-postgres']}/prefect"
 
 
 def test_who_may_speak_is_heard_and_nobody_else() -> None:
@@ -366,6 +368,11 @@ def _selected(selector: dict[str, Any]) -> list[dict[str, Any]]:
     for key, any_of in wanted.items():
         assert any_of == {pod["metadata"]["labels"][key] for pod in found}, f"no pod for a part of {selector}"
     return found
+
+
+def _settings(component: str) -> list[tuple[str, str | None]]:
+    [pod] = _selected({COMPONENT: component})
+    return [(variable["name"], variable.get("value")) for variable in pod["spec"]["containers"][0]["env"]]
 
 
 def _ports(pods: list[dict[str, Any]]) -> dict[str, int]:
