@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tasks import models
-from tasks.cluster import check_room, connect, fitting, reraise
+from tasks.cluster import check_room, connect, fitting, nodes_of, reraise
 from tasks.config import PolicyConfig, TrainConfig
 from tasks.costs import known_costs
 from tasks.errors import ConfigError, RunError, Unreachable
@@ -111,9 +111,9 @@ def room(ray: Any, config: ExperimentConfig) -> int:
     """
     if config.policy.workers > 1:
         return 1
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = os.cpu_count() or 1 if config.ray_address == "local" else math.inf
-    return max(1, sum(fitting(config.policy, {**node, "CPU": min(node.get("CPU", 0), cores)}) for node in nodes))
+    nodes = [{**node, "CPU": min(node.get("CPU", 0), cores)} for node in nodes_of(ray)]
+    return max(1, sum(fitting(config.policy, node) for node in nodes))
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import json
 import logging
 import os
 import queue
@@ -290,7 +291,7 @@ class _Actor:
 
 def check_room(ray: Any, config: ModelConfig | PolicyConfig) -> None:
     """A request that no node of the cluster can ever fulfil would wait for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_of(ray)
     room = sum(fitting(config, node) for node in nodes) if isinstance(config, PolicyConfig) else 0
     if isinstance(config, PolicyConfig) and config.workers > max(1, room):
         raise ConfigError(
@@ -308,6 +309,25 @@ def check_room(ray: Any, config: ModelConfig | PolicyConfig) -> None:
             f"cpus: {config.cpus:g}, gpus: {config.gpus:g}: no node of the Ray cluster has both ({have}); lower them, "
             "or join a larger cluster with ray_address"
         )
+
+
+def nodes_of(ray: Any) -> list[dict[str, float]]:
+    """Resources of each node of the cluster, as Ray names them.
+
+    Ray does not tell which nodes its autoscaler could add. Where one runs, PREFSIEVE_NODES says what the cluster may
+    grow to: [{"nodes": 8, "CPU": 8, "GPU": 1}, ...]. Raises ConfigError when that is something else.
+    """
+    said = os.environ.get("PREFSIEVE_NODES")
+    if not said:
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    try:
+        groups = [{kind: float(amount) for kind, amount in group.items()} for group in json.loads(said)]
+        return [group for group in groups for _ in range(int(group.pop("nodes")))]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(
+            f'PREFSIEVE_NODES: {said!r} is no list of nodes; write [{{"nodes": 8, "CPU": 8, "GPU": 1}}], or leave it '
+            "out where the cluster does not grow by itself"
+        ) from error
 
 
 def fitting(policy: PolicyConfig, node: dict[str, float]) -> int:

@@ -16,7 +16,7 @@ import requests
 from aiohttp import ClientResponseError, ServerDisconnectedError
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
-from tasks.cluster import Pool, disconnecting, run_pools
+from tasks.cluster import Pool, check_room, disconnecting, nodes_of, run_pools
 from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
 from tasks.sections import GeneratorConfig
 
@@ -162,3 +162,24 @@ def test_the_outermost_block_leaves_ray_and_only_if_it_was_not_there_before(monk
     with disconnecting():
         pass
     assert ray.running
+
+
+def test_nodes_that_an_autoscaler_may_add_are_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = SimpleNamespace(
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 0.0}}]
+    )  # a cluster that has not grown yet
+    large = GeneratorConfig(name="large", engine="fake", cpus=4, gpus=1)
+    with pytest.raises(ConfigError, match="no node of the Ray cluster has both"):
+        check_room(head, large)
+    monkeypatch.setenv("PREFSIEVE_NODES", '[{"nodes": 1, "CPU": 4}, {"nodes": 2, "CPU": 8, "GPU": 1}]')
+    assert nodes_of(head) == [{"CPU": 4}, {"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}]
+    check_room(head, large)
+    with pytest.raises(ConfigError, match=r"gpus: 2: no node .* \(4 CPUs and 0 GPUs; 8 CPUs and 1 GPUs; "):
+        check_room(head, large.model_copy(update={"gpus": 2}))
+
+
+@pytest.mark.parametrize("said", ["8", "{}x", '["CPU"]', '[{"CPU": 8}]', '[{"nodes": "many"}]'])
+def test_nodes_that_are_said_wrongly_are_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFSIEVE_NODES", said)
+    with pytest.raises(ConfigError, match=r"PREFSIEVE_NODES: .* is no list of nodes"):
+        nodes_of(None)

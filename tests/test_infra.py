@@ -1,81 +1,35 @@
-"""What is shipped to run elsewhere: the image, the Kubernetes manifests, the deployments and every configuration."""
+"""What is shipped to run elsewhere: the image, and the Kubernetes manifests with what no schema sees of them."""
 
 from __future__ import annotations
 
 import fnmatch
 import functools
 import gzip
+import json
+import re
 import shlex
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
-from flows.cli import FLOWS, load_values, parse
-from flows.deploy import read_deployments
-from tasks.errors import ConfigError
+from flows.cli import parse
 from tests.services import ROOT
 
-CRDS = ROOT.parent / "shared" / "data" / "kuberay_crds"
-MANIFESTS = sorted((ROOT / "infra" / "kuberay").glob("*.yaml"))
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+INFRA = ROOT / "infra"
+README = INFRA / "README.md"
+MANIFESTS = sorted(path for path in INFRA.rglob("*.yaml") if path.name != "kustomization.yaml")
+SCHEMAS = ROOT / "tests" / "schemas"
+COMPONENT = "app.kubernetes.io/component"  # the label by which everything here tells pods apart
 DOCKERFILES = sorted((ROOT / "docker").rglob("*Dockerfile*"))
 INSTRUCTIONS = {
-    "ADD",
-    "ARG",
-    "CMD",
-    "COPY",
-    "ENTRYPOINT",
-    "ENV",
-    "EXPOSE",
-    "FROM",
-    "HEALTHCHECK",
-    "LABEL",
-    "ONBUILD",
-} | {*("RUN", "SHELL", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR")}
-
-
-# --- configurations and deployments
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_shipped_configuration_is_one_that_a_flow_takes(path: Path) -> None:
-    values = load_values(path, [], "")
-    if path.stem in FLOWS:
-        parse(path.stem, values, path)
-    else:
-        assert [flow for flow in FLOWS if _accepts(flow, values, path)], f"no flow takes {path}"
-
-
-def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
-    deployments = read_deployments(ROOT / "deployments" / "prefect.yaml")
-    assert {"curate", "train", "evaluate", "experiment"} <= {deployment.name for deployment in deployments}
-    for deployment in deployments:
-        flow = deployment.entrypoint.rsplit(".", 1)[-1]
-        parse(flow, deployment.parameters, Path("deployments/prefect.yaml"))
-        assert deployment.entrypoint == f"flows.{flow}.{flow}"
-        assert deployment.description
-        assert deployment.work_pool.job_variables["working_dir"] == "."
-
-
-@pytest.mark.parametrize("flow", ["curate", "train", "evaluate"])
-def test_the_form_starts_with_the_small_worlds_configuration(flow: str) -> None:
-    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == flow]
-    assert deployed.parameters == load_values(ROOT / "configs" / "tinyworld" / f"{flow}.yaml", [], "")
-
-
-def test_the_form_of_an_experiment_starts_with_the_one_on_pvar() -> None:
-    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == "experiment"]
-    assert deployed.parameters == load_values(ROOT / "configs" / "experiments" / "pvar.yaml", [], "")
-
-
-def test_the_deployments_file_is_one_that_prefect_takes_and_pulls_nothing() -> None:
-    from prefect.cli.deploy._models import PrefectYamlModel
-
-    content = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
-    PrefectYamlModel.model_validate(content)
-    assert content["pull"] == [], "with null Prefect would record the deployer's folder"
+    *("ADD", "ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "EXPOSE", "FROM", "HEALTHCHECK"),
+    *("LABEL", "ONBUILD", "RUN", "SHELL", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR"),
+}
 
 
 # --- the image
@@ -124,27 +78,167 @@ def test_the_image_installs_pinned_versions() -> None:
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
-def test_manifests_follow_the_operators_schemas(path: Path) -> None:
-    if not CRDS.exists():
-        pytest.skip(f"KubeRay's resource definitions are not at {CRDS}")
-    jsonschema = pytest.importorskip("jsonschema")
-    schemas = _crd_schemas()
-    checked = 0
+def test_manifests_follow_the_schemas(path: Path) -> None:
     for document in _documents(path):
-        if schema := schemas.get((document["apiVersion"], document["kind"])):
-            jsonschema.Draft202012Validator(schema).validate(document)
-            checked += 1
-    assert checked, f"{path.name} holds no Ray resource"
+        _validate(document)
 
 
-def test_a_misspelt_field_would_be_noticed() -> None:
-    if not CRDS.exists():
-        pytest.skip(f"KubeRay's resource definitions are not at {CRDS}")
-    jsonschema = pytest.importorskip("jsonschema")
-    [cluster] = _documents(ROOT / "infra" / "kuberay" / "raycluster.yaml")
-    cluster["spec"]["workerGroupSpecs"][0]["minReplica"] = 1
-    with pytest.raises(jsonschema.ValidationError, match="minReplica"):
-        jsonschema.Draft202012Validator(_crd_schemas()["ray.io/v1", "RayCluster"]).validate(cluster)
+@pytest.mark.parametrize(
+    ("file", "place", "name"),
+    [
+        ("kuberay/raycluster.yaml", ("workerGroupSpecs", 0), "minReplica"),
+        ("prefect/server.yaml", ("template", "spec", "containers", 0), "startupProb"),
+        ("network/default.yaml", (), "policyType"),
+        ("monitoring/podmonitor.yaml", ("podMetricsEndpoints", 0), "intervall"),
+    ],
+)
+def test_a_misspelt_field_would_be_noticed(file: str, place: tuple[Any, ...], name: str) -> None:
+    document = _documents(INFRA / file)[0]
+    functools.reduce(lambda inner, key: inner[key], place, document["spec"])[name] = 1
+    with pytest.raises(jsonschema.ValidationError, match=name):
+        _validate(document)
+
+
+def test_a_flow_runs_job_follows_the_schema_and_uses_what_the_work_pool_asks_for() -> None:
+    template = json.loads((INFRA / "prefect" / "base-job-template.json").read_text())
+    job = _flow_run_job()
+    pod = job["spec"]["template"]["spec"]
+    # Prefect refuses a template without these two at this place, where Kubernetes knows no such fields.
+    assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1)
+    _validate(job)
+    asked = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert asked == set(template["variables"]["properties"])
+
+
+def test_every_manifest_is_applied_but_the_job() -> None:
+    applied = set()
+    for file in INFRA.rglob("kustomization.yaml"):
+        for name in yaml.safe_load(file.read_text())["resources"]:
+            assert (file.parent / name).exists()
+            applied.add(file.parent / name)
+    assert {path for path in applied if path.is_file()} == set(MANIFESTS) - {INFRA / "kuberay" / "rayjob.yaml"}
+
+
+def test_one_namespace() -> None:
+    [namespace] = _documents(INFRA / "namespace.yaml")
+    template = json.loads((INFRA / "prefect" / "base-job-template.json").read_text())
+    [monitor] = _documents(INFRA / "monitoring" / "podmonitor.yaml")
+    assert {
+        yaml.safe_load((INFRA / "kustomization.yaml").read_text())["namespace"],
+        template["variables"]["properties"]["namespace"]["default"],
+        monitor["metadata"]["namespace"],
+        *re.findall(r"--namespace[ =](\S+)", "".join(path.read_text() for path in [README, *MANIFESTS])),
+    } == {namespace["metadata"]["name"]}
+
+
+def test_no_pod_is_privileged_and_all_say_what_they_need() -> None:
+    for pod in _pods():
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }, container["name"]
+            assert set(container["resources"]["requests"]) >= {"cpu", "memory"}
+            assert set(container["resources"]["limits"]) >= {"cpu", "memory"}
+    for spec in _cluster_specs():  # the container that KubeRay puts beside the head
+        assert spec["autoscalerOptions"]["securityContext"] == container["securityContext"]
+
+
+def test_images_are_of_this_version_and_of_the_prefect_that_is_installed() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for pod in _pods():
+        for container in pod["spec"]["containers"]:
+            image, _, tag = container["image"].rpartition(":")
+            assert _is_pinned(container["image"])
+            if image.endswith("/prefsieve"):
+                assert tag.rpartition("-")[0] == version
+                assert "args" not in container or "command" in container, "the image's entry point is prefsieve itself"
+            elif image == "prefecthq/prefect":
+                assert tag.split("-")[0] == _pins()["prefect"]
+
+
+def test_every_name_that_is_referred_to_is_defined_or_is_for_the_reader_to_make() -> None:
+    made = {
+        name: set(re.findall(r"--from-literal=(\w+)=", line))
+        for name, line in re.findall(r"create secret generic (\S+)(.*)", README.read_text().replace("\\\n", " "))
+    }
+    defined = {(doc["kind"], doc["metadata"]["name"]) for path in MANIFESTS for doc in _documents(path)}
+    for file in INFRA.rglob("kustomization.yaml"):
+        generated = yaml.safe_load(file.read_text()).get("configMapGenerator", [])
+        defined |= {("ConfigMap", each["name"]) for each in generated}
+        assert all((file.parent / source).exists() for each in generated for source in each["files"])
+    documents = [doc for path in MANIFESTS for doc in _documents(path)]
+    for key, value in _fields([*documents, _flow_run_job()]):
+        match key:
+            case "secretKeyRef":
+                assert value["key"] in made[value["name"]]
+            case "secretRef":
+                assert value["name"] in made
+            case "authOptions":
+                assert "auth_token" in made[value["secretName"]]
+            case "configMap":
+                assert ("ConfigMap", value["name"]) in defined
+            case "persistentVolumeClaim":
+                assert ("PersistentVolumeClaim", value["claimName"]) in defined
+            case "serviceAccountName":
+                assert ("ServiceAccount", value) in defined
+            case "roleRef" | "subjects":
+                for each in value if key == "subjects" else [value]:
+                    assert (each["kind"], each["name"]) in defined
+
+
+def test_services_and_their_addresses_lead_to_a_port_that_a_pod_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import Settings
+
+    ports = {}
+    for service in (doc for path in MANIFESTS for doc in _documents(path) if doc["kind"] == "Service"):
+        [pod] = _selected(service["spec"]["selector"])
+        for port in service["spec"]["ports"]:
+            assert _ports([pod])[port["targetPort"]] == port["port"]
+            ports[service["metadata"]["name"]] = port["port"]
+    [cluster] = _documents(INFRA / "kuberay" / "raycluster.yaml")
+    [head] = _selected({COMPONENT: "ray-head"})[:1]
+    ports[f"{cluster['metadata']['name']}-head-svc"] = _ports([head])["dashboard"]  # made by KubeRay
+    texts = "".join(path.read_text() for path in [README, *MANIFESTS])
+    assert {(host, int(port)) for host, port in re.findall(r"(prefsieve-[\w-]+):(\d+)", texts)} <= set(ports.items())
+    for name, value in _settings("prefect-server"):
+        monkeypatch.setenv(name, value or "secret")
+    address = Settings().server.database.connection_url.get_secret_value()
+    assert address == f"postgresql+asyncpg://prefect:secret@prefsieve-postgres:{ports['prefsieve-postgres']}/prefect"
+
+
+def test_who_may_speak_is_heard_and_nobody_else() -> None:
+    ray = {"ray-head", "ray-worker"}
+    expected = {
+        ("prefect-server", "postgres", 5432),
+        ("prefect-worker", "prefect-server", 4200),
+        ("prefect-run", "prefect-server", 4200),
+        ("ray-head", "prefect-server", 4200),
+        ("prefect-run", "ray-head", 8265),
+        ("ray-submitter", "ray-head", 8265),
+        *((one, other, None) for one in ray for other in ray),
+    }
+    assert _talks("Egress") == expected
+    assert _talks("Ingress") == expected
+    for _, heard, port in expected:
+        assert port is None or port in _ports(_selected({COMPONENT: heard})).values()
+    nothing = _documents(INFRA / "network" / "default.yaml")[0]["spec"]
+    assert nothing == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+def test_prometheus_may_reach_what_it_is_told_to_scrape() -> None:
+    [monitor] = _documents(INFRA / "monitoring" / "podmonitor.yaml")
+    [policy] = _documents(INFRA / "network" / "metrics.yaml")
+    assert monitor["spec"]["selector"] == policy["spec"]["podSelector"]
+    ports = _ports(_selected(monitor["spec"]["selector"]))
+    scraped = {ports[endpoint["port"]] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    assert scraped == {port["port"] for port in policy["spec"]["ingress"][0]["ports"]}
+    for spec in _cluster_specs():
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            assert int(group["rayStartParams"]["metrics-export-port"]) == _ports([group["template"]])["metrics"]
 
 
 def test_ray_clusters_ask_for_a_token_hold_no_secret_and_do_not_run_as_root() -> None:
@@ -157,20 +251,34 @@ def test_ray_clusters_ask_for_a_token_hold_no_secret_and_do_not_run_as_root() ->
                 assert _is_pinned(container["image"])
                 assert {"secretRef": {"name": "prefsieve-store"}} in container["envFrom"]
                 assert not [variable for variable in container.get("env", []) if "SECRET" in variable["name"]]
-    names = [group["groupName"] for group in spec["workerGroupSpecs"]]
-    assert names == ["cpu", "gpu"]
+        assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        assert [group["groupName"] for group in spec["workerGroupSpecs"]] == ["cpu", "gpu"]
+
+
+def test_a_run_is_told_what_the_cluster_may_grow_to() -> None:
+    for spec in _cluster_specs():
+        assert spec["enableInTreeAutoscaling"]
+        assert spec["autoscalerOptions"]["version"] == "v2"
+        head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+        [said] = [variable["value"] for variable in head["env"] if variable["name"] == "PREFSIEVE_NODES"]
+        grown = []
+        for group in spec["workerGroupSpecs"]:
+            assert group["minReplicas"] == group["replicas"] == 0
+            has = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+            node = {"CPU": float(has["cpu"]), "GPU": float(has.get("nvidia.com/gpu", 0))}
+            grown.append({"nodes": group["maxReplicas"], **{kind: amount for kind, amount in node.items() if amount}})
+        assert json.loads(said) == grown
 
 
 def test_ray_in_the_manifests_is_the_ray_that_is_installed() -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    assert {str(spec["rayVersion"]) for spec in _cluster_specs()} == {pins["ray"]}
+    assert {str(spec["rayVersion"]) for spec in _cluster_specs()} == {_pins()["ray"]}
 
 
 def test_the_jobs_cluster_is_the_cluster_with_the_configuration_mounted() -> None:
     cluster, job = _cluster_specs()
     head = job["headGroupSpec"]["template"]["spec"]
-    assert head.pop("volumes") == [{"name": "config", "configMap": {"name": "prefsieve-curate"}}]
-    assert head["containers"][0].pop("volumeMounts")[0]["mountPath"] == "/etc/prefsieve"
+    assert head["volumes"].pop() == {"name": "config", "configMap": {"name": "prefsieve-curate"}}
+    assert head["containers"][0]["volumeMounts"].pop()["mountPath"] == "/etc/prefsieve"
     assert job == cluster
 
 
@@ -187,14 +295,6 @@ def test_the_jobs_configuration_is_one_that_curate_takes_and_fits_the_workers() 
 
 
 # --- readers
-
-
-def _accepts(flow: str, values: dict[str, Any], path: Path) -> bool:
-    try:
-        parse(flow, values, path)
-    except ConfigError:
-        return False
-    return True
 
 
 def _instructions(path: Path) -> list[tuple[str, str]]:
@@ -223,16 +323,117 @@ def _cluster_specs() -> list[dict[str, Any]]:
     return [cluster["spec"], job["spec"]["rayClusterSpec"]]
 
 
+def _flow_run_job() -> dict[str, Any]:
+    """The Job that the worker makes of a flow run when nothing is set."""
+    template = json.loads((INFRA / "prefect" / "base-job-template.json").read_text())
+    values = {
+        name: variable.get("default", {"string": "x", "object": {}}.get(variable["type"]))
+        for name, variable in template["variables"]["properties"].items()
+    }
+    values["command"] = ["prefect", "flow-run", "execute"]
+
+    def filled(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: filled(value) for key, value in part.items()}
+        if isinstance(part, list):
+            return [filled(value) for value in part]
+        if isinstance(part, str) and (whole := re.fullmatch(r"{{ (\w+) }}", part)):
+            return values[whole[1]]
+        return re.sub(r"{{ (\w+) }}", lambda found: values[found[1]], part) if isinstance(part, str) else part
+
+    return filled(template["job_configuration"]["job_manifest"])
+
+
+def _pods() -> list[dict[str, Any]]:
+    """Templates of all pods that are ever made."""
+    documents = [doc for path in MANIFESTS for doc in _documents(path)]
+    pods = [doc["spec"]["template"] for doc in documents if doc["kind"] in ("Deployment", "StatefulSet")]
+    for spec in _cluster_specs():
+        pods += [group["template"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
+    pods += [doc["spec"]["submitterPodTemplate"] for doc in documents if doc["kind"] == "RayJob"]
+    return [*pods, _flow_run_job()["spec"]["template"]]
+
+
+def _selected(selector: dict[str, Any]) -> list[dict[str, Any]]:
+    """Pods that a Service's selector selects, or one of a policy; never none."""
+    if not selector.keys() & {"matchLabels", "matchExpressions"}:
+        selector = {"matchLabels": selector}
+    wanted = {key: {value} for key, value in selector.get("matchLabels", {}).items()}
+    for each in selector.get("matchExpressions", []):
+        assert each["operator"] == "In"
+        wanted[each["key"]] = set(each["values"])
+    found = [
+        pod for pod in _pods() if all(pod["metadata"]["labels"].get(key) in any_of for key, any_of in wanted.items())
+    ]
+    for key, any_of in wanted.items():
+        assert any_of == {pod["metadata"]["labels"][key] for pod in found}, f"no pod for a part of {selector}"
+    return found
+
+
+def _settings(component: str) -> list[tuple[str, str | None]]:
+    [pod] = _selected({COMPONENT: component})
+    return [(variable["name"], variable.get("value")) for variable in pod["spec"]["containers"][0]["env"]]
+
+
+def _ports(pods: list[dict[str, Any]]) -> dict[str, int]:
+    opened = [port for pod in pods for container in pod["spec"]["containers"] for port in container.get("ports", [])]
+    return {port["name"]: port["containerPort"] for port in opened}
+
+
+def _talks(direction: str) -> set[tuple[str, str, int | None]]:
+    """(who speaks, who hears, port or None for any) among our own pods, as policies of one direction allow it."""
+
+    def components(selector: dict[str, Any]) -> set[str]:
+        return {pod["metadata"]["labels"][COMPONENT] for pod in _selected(selector)}
+
+    talks = set()
+    for policy in (doc for path in sorted((INFRA / "network").glob("[!k]*.yaml")) for doc in _documents(path)):
+        assert (direction.lower() in policy["spec"]) <= (direction in policy["spec"]["policyTypes"])
+        for rule in policy["spec"].get(direction.lower(), []):
+            peers = rule.get("from" if direction == "Ingress" else "to", [])
+            for peer in (each["podSelector"] for each in peers if set(each) == {"podSelector"}):
+                for own in components(policy["spec"]["podSelector"]):
+                    for other in components(peer):
+                        pair = (other, own) if direction == "Ingress" else (own, other)
+                        talks |= {(*pair, port["port"]) for port in rule.get("ports", [{"port": None}])}
+    return talks
+
+
+def _fields(part: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    if isinstance(part, dict):
+        yield from part.items()
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else []:
+        yield from _fields(inner)
+
+
+def _pins() -> dict[str, str]:
+    return dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+
+
+def _validate(document: dict[str, Any]) -> None:
+    """Raises ValidationError for what the API server would refuse, and KeyError for what is of no known kind."""
+    jsonschema.Draft202012Validator(_schemas()[document["apiVersion"], document["kind"]]).validate(document)
+
+
 @functools.cache
-def _crd_schemas() -> dict[tuple[str, str], dict[str, Any]]:
+def _schemas() -> dict[tuple[str, str], dict[str, Any]]:
+    """By (apiVersion, kind); tests/schemas/README.md says where they come from."""
     schemas = {}
-    for file in CRDS.glob("*.yaml.gz"):
+    for file in SCHEMAS.glob("ray.io_*.yaml.gz"):
         # libyaml where there is one: these files take pure Python 5 s each.
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         spec = yaml.load(gzip.decompress(file.read_bytes()), loader)["spec"]
         for version in spec["versions"]:
             schema = version["schema"]["openAPIV3Schema"]
             schemas[f"{spec['group']}/{version['name']}", spec["names"]["kind"]] = _strict(schema)
+    [file] = SCHEMAS.glob("kubernetes-*.json.gz")
+    bundle = json.loads(gzip.decompress(file.read_bytes()))
+    for name, definition in bundle["kinds"].items():
+        version, _, kind = name.rpartition("/")
+        schemas[version, kind] = {"$ref": f"#/$defs/{definition}", "$defs": bundle["definitions"]}
+    monitor = json.loads(gzip.decompress((SCHEMAS / "podmonitor.json.gz").read_bytes()))
+    schemas["monitoring.coreos.com/v1", "PodMonitor"] = _strict(monitor)
     return schemas
 
 

@@ -1,0 +1,63 @@
+"""Every configuration and deployment that is shipped is one that a flow takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.cli import FLOWS, load_values, parse
+from flows.deploy import read_deployments
+from tasks.errors import ConfigError
+from tests.services import ROOT
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_configuration_is_one_that_a_flow_takes(path: Path) -> None:
+    values = load_values(path, [], "")
+    if path.stem in FLOWS:
+        parse(path.stem, values, path)
+    else:
+        assert [flow for flow in FLOWS if _accepts(flow, values, path)], f"no flow takes {path}"
+
+
+def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
+    deployments = read_deployments(ROOT / "deployments" / "prefect.yaml")
+    assert {"curate", "train", "evaluate", "experiment"} <= {deployment.name for deployment in deployments}
+    for deployment in deployments:
+        flow = deployment.entrypoint.rsplit(".", 1)[-1]
+        parse(flow, deployment.parameters, Path("deployments/prefect.yaml"))
+        assert deployment.entrypoint == f"flows.{flow}.{flow}"
+        assert deployment.description
+        assert deployment.work_pool.job_variables["working_dir"] == "."
+
+
+@pytest.mark.parametrize("flow", ["curate", "train", "evaluate"])
+def test_the_form_starts_with_the_small_worlds_configuration(flow: str) -> None:
+    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == flow]
+    assert deployed.parameters == load_values(ROOT / "configs" / "tinyworld" / f"{flow}.yaml", [], "")
+
+
+def test_the_form_of_an_experiment_starts_with_the_one_on_pvar() -> None:
+    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == "experiment"]
+    assert deployed.parameters == load_values(ROOT / "configs" / "experiments" / "pvar.yaml", [], "")
+
+
+def test_the_deployments_file_is_one_that_prefect_takes_and_pulls_nothing() -> None:
+    from prefect.cli.deploy._models import PrefectYamlModel
+
+    content = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    PrefectYamlModel.model_validate(content)
+    assert content["pull"] == [], "with null Prefect would record the deployer's folder"
+
+
+def _accepts(flow: str, values: dict[str, Any], path: Path) -> bool:
+    try:
+        parse(flow, values, path)
+    except ConfigError:
+        return False
+    return True
