@@ -25,7 +25,7 @@ RUN = 240.0  # seconds; a run takes about 30 on two idle cores
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with (
         prefect_server(tmp_path_factory.mktemp("server")) as url,
-        httpx.Client(base_url=url, timeout=30) as client,
+        httpx.Client(base_url=url, timeout=120) as client,
     ):
         yield client
 
