@@ -67,12 +67,12 @@ class EngineLoop:
         return found
 
     async def _alone(self, request: Any, faults: Faults) -> Any:
+        if self.dead:  # over another request: a note would blame this one
+            raise EngineDied(self.dead)
         name = _name([request])
         notes = await asyncio.to_thread(faults.begin, name)
         if reason := await asyncio.to_thread(faults.refused, name, len(notes) - 1):
             return Refused(reason)
-        if self.dead:  # over another request
-            raise EngineDied(self.dead)
         try:
             [answer] = await self._moving(self.submit([request]))
         except EngineDied as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 
 from tasks.config import CurateConfig
+from tasks.engines.loop import EngineLoop
+from tasks.engines.loop import _name as name_of
 from tasks.errors import RunError
+from tasks.faults import EngineDied, Faults
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.records import Completions
@@ -119,3 +123,30 @@ def test_an_engine_that_does_nothing_else_but_fail_ends_the_run_with_its_words(
         generate(wanted.generate, prompt_set, store)
     assert time.monotonic() - began < within
     assert store.list("completions") == []
+
+
+class Broken:
+    """An engine that raises at whatever it is asked."""
+
+    def add(self, key: int, request: str) -> None:
+        pass
+
+    def step(self) -> list[Any]:
+        raise RuntimeError("made to fail")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_request_that_was_not_asked_is_not_blamed_for_what_the_one_before_did(store: Store) -> None:
+    faults = Faults(store, "run")
+    for batch in (["a", "b"], ["c", "d"]):
+        faults.begin(name_of(batch))  # as if a process had died over it
+
+    async def ask() -> list[Any]:
+        loop = EngineLoop(Broken(), faults)
+        return await asyncio.gather(loop.answers(["a", "b"]), loop.answers(["c", "d"]), return_exceptions=True)
+
+    assert [type(ended) for ended in asyncio.run(ask())] == [EngineDied, EngineDied]
+    blamed = [request for request in "abcd" if any(name_of([request]) in note for note in store.list("faults/run"))]
+    assert len(blamed) == 1
