@@ -1,4 +1,4 @@
-"""deploy: the work pool and the deployments of one file, registered on the configured Prefect server.
+"""deploy: the work pool, the deployments and the automations of one file, registered on the configured Prefect server.
 
 The file is a `prefect.yaml`. `prefect deploy` 3.7.7 would record the deployer's folder, or stop at a module entrypoint
 without a pull step; here flows are registered by module (`flows.curate.curate`) and nothing else, so a worker runs the
@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from flows.cli import describe_errors, parse
-from flows.values import read_yaml
+from flows.automations import Automation, checked, register
+from flows.cli import FLOWS, describe_errors, parse
+from flows.form import folded, form
+from flows.values import read_yaml, set_value
 from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +41,21 @@ class WorkPool(_Strict):
     name: str
     work_queue_name: str | None = None
     job_variables: dict[str, Any] = {}
+
+
+class NewPool(_Strict):
+    """What a work pool is made as, when it is missing."""
+
+    name: str
+    type: Literal["process", "kubernetes"]
+    base_job_template: Path | None = None  # a file, relative to this one; empty takes that of a process
+    job_variables: dict[str, Any] = {}  # of all deployments that are registered in it
+
+    @model_validator(mode="after")
+    def _says_what_a_job_is(self) -> NewPool:
+        if self.type == "kubernetes" and not self.base_job_template:
+            raise ValueError(f"work pool {self.name!r}: kubernetes needs a base_job_template")
+        return self
 
 
 class Times(_Strict):
@@ -70,52 +88,83 @@ class Deployment(_Strict):
     description: str | None = None
     tags: list[str] = []
     schedules: list[Times] = []
+    triggers: list[dict[str, Any]] = []  # events that start a run
     concurrency_limit: int | dict[str, Any] | None = None
     enforce_parameter_schema: bool = True
     parameters: dict[str, Any] = {}
+
+    def starts(self) -> list[str]:
+        """When runs begin by themselves, in words."""
+        events = (event for trigger in self.triggers for event in trigger.get("expect", ()))
+        return [*map(str, self.schedules), *(f"on {event}" for event in events)]
+
+
+class _Definitions(BaseModel):
+    """A place for YAML anchors, and for work pools, which `prefect deploy` has no word for."""
+
+    model_config = ConfigDict(extra="allow")
+
+    work_pools: list[NewPool] = []
 
 
 class _File(_Strict):
     deployments: list[Deployment] = Field(min_length=1)
     name: str = ""
     prefect_version: str = Field("", alias="prefect-version")
-    definitions: dict[str, Any] = {}  # a place for YAML anchors
+    definitions: _Definitions = Field(default_factory=lambda: _Definitions())
+    automations: list[Automation] = []
     build: list[Any] | None = Field(None, max_length=0)  # steps are `prefect deploy`'s; here the code is installed
     push: list[Any] | None = Field(None, max_length=0)
     pull: list[Any] | None = Field(None, max_length=0)
 
 
-def deploy_all(file: Path) -> None:
-    """Register every deployment of the file, and make the work pools that are missing.
+def deploy_all(file: Path, pool: str = "", changes: Sequence[str] = ()) -> None:
+    """Register every deployment and automation of the file, and make the work pools that are missing.
 
+    pool: where all deployments are registered, in place of the pools that the file says.
+    changes: FIELD=VALUE, for the parameters of all of them, such as the Ray cluster that their runs are handed to.
     Raises ConfigError for a wrong file or wrong parameters, and when no Prefect server is configured or answers.
     """
-    deployments = read_deployments(file)
-    pools = list(dict.fromkeys(deployment.work_pool.name for deployment in deployments))
+    content = read_file(file, changes)
+    known = {one.name: one for one in content.definitions.work_pools}
+    if pool:
+        there = WorkPool(name=pool, job_variables=known[pool].job_variables if pool in known else {})
+        content = content.model_copy(
+            update={"deployments": [one.model_copy(update={"work_pool": there}) for one in content.deployments]}
+        )
+    pools = list(dict.fromkeys(deployment.work_pool.name for deployment in content.deployments))
     with _server() as (client, url):
-        registrations = [_registration(deployment) for deployment in deployments]
+        registrations = [_registration(deployment) for deployment in content.deployments]
+        for automation in content.automations:
+            checked(automation, {})
         print(f"Prefect server {url}")
-        for pool in pools:
-            print(f"  work pool   {pool} ({_ensure_pool(client, pool)})")
-        for deployment, registration in zip(deployments, registrations, strict=True):
+        for name in pools:
+            new = known.get(name, NewPool(name=name, type="process"))
+            print(f"  work pool   {name} ({_ensure_pool(client, new, file.parent)})")
+        for deployment, registration in zip(content.deployments, registrations, strict=True):
             _apply(registration)
-            print(", ".join([f"  deployment  {registration.full_name}", *map(str, deployment.schedules)]))
-    for pool in pools:
-        print(f"Start a worker where the runs should happen:  prefect worker start --pool {pool}")
+            print(", ".join([f"  deployment  {registration.full_name}", *deployment.starts()]))
+        for automation in content.automations:
+            print(f"  automation  {automation.name} ({register(client, automation)})")
+    for name in pools:
+        print(f"Start a worker where the runs should happen:  prefect worker start --pool {name}")
 
 
-def read_deployments(file: Path) -> list[Deployment]:
-    """The file's deployments; their parameters have passed the flow's own checks, so no schedule starts a wrong run."""
-    content = read_yaml(file)
+def read_file(file: Path, changes: Sequence[str] = ()) -> _File:
+    """The file; its parameters have passed the flows' own checks, so that neither schedule nor trigger starts a wrong
+    run."""
     try:
-        deployments = _File.model_validate(content).deployments
+        content = _File.model_validate(read_yaml(file))
     except ValidationError as error:
         raise ConfigError(f"{file}: {describe_errors(error)}") from error
-    for deployment in deployments:
-        if deployment.parameters or deployment.schedules:
+    for deployment in content.deployments:
+        runs_as_it_is = deployment.parameters or deployment.schedules
+        for change in changes:
+            set_value(deployment.parameters, change)
+        if runs_as_it_is:
             where = Path(f"{file}: parameters of deployment {deployment.name!r}")
             parse(deployment.entrypoint.rsplit(".", 1)[-1], deployment.parameters, where)
-    return deployments
+    return content
 
 
 @contextlib.contextmanager
@@ -147,17 +196,19 @@ def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
         raise ConfigError(f"PREFECT_API_URL: {url} answers with status {status}; {advice}") from error
 
 
-def _ensure_pool(client: SyncPrefectClient, name: str) -> str:
+def _ensure_pool(client: SyncPrefectClient, pool: NewPool, folder: Path) -> str:
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
     from prefect.workers.process import ProcessWorker
 
     try:
-        return f"{client.read_work_pool(name).type}, was there"
+        return f"{client.read_work_pool(pool.name).type}, was there"
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
-        client.create_work_pool(WorkPoolCreate(name=name, type=ProcessWorker.type, base_job_template=template))
-        return f"{ProcessWorker.type}, created"
+        if pool.base_job_template:
+            template = json.loads((folder / pool.base_job_template).read_text(encoding="utf-8"))
+        client.create_work_pool(WorkPoolCreate(name=pool.name, type=pool.type, base_job_template=template))
+        return f"{pool.type}, created"
 
 
 def _registration(deployment: Deployment) -> RunnerDeployment:
@@ -165,16 +216,25 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
     from prefect.deployments.runner import EntrypointType
     from prefect.flows import load_flow_from_entrypoint
     from prefect.schedules import Schedule
+    from prefect.utilities.callables import ParameterSchema, parameter_schema
+
+    class Form(ParameterSchema):
+        allOf: list[dict[str, Any]] = []
 
     limit = deployment.concurrency_limit
+    model = FLOWS[deployment.entrypoint.rsplit(".", 1)[-1]].__name__
+    flow: Any = load_flow_from_entrypoint(deployment.entrypoint)
+    drawn = form(parameter_schema(flow).model_dump(), model)
+    schedules = [Schedule(**times.model_dump(exclude_none=True)) for times in deployment.schedules]
     try:
-        registration = load_flow_from_entrypoint(deployment.entrypoint).to_deployment(
+        registration = flow.to_deployment(
             name=deployment.name,
             description=deployment.description,
             tags=deployment.tags,
-            schedules=[Schedule(**times.model_dump(exclude_none=True)) for times in deployment.schedules],
+            triggers=_triggers(deployment),
+            schedules=[replace(times, parameters=folded(times.parameters, drawn)) for times in schedules],
             concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
-            parameters=deployment.parameters,
+            parameters=folded(deployment.parameters, drawn),
             enforce_parameter_schema=deployment.enforce_parameter_schema,
             work_pool_name=deployment.work_pool.name,
             work_queue_name=deployment.work_pool.work_queue_name,
@@ -185,7 +245,14 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
     except ValueError as error:
         raise ConfigError(f"deployment {deployment.name!r}: {error}") from error
     assert not isinstance(registration, Coroutine)  # it would be one inside an event loop only
+    registration._parameter_openapi_schema = Form.model_validate(drawn)
     return registration
+
+
+def _triggers(deployment: Deployment) -> list[Any]:
+    from prefect.events import DeploymentTriggerTypes
+
+    return TypeAdapter(list[DeploymentTriggerTypes]).validate_python(deployment.triggers)
 
 
 def _apply(registration: RunnerDeployment) -> None:
