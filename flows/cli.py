@@ -222,11 +222,16 @@ def verify(wanted: Wanted, store: StoreUrl = "", as_json: AsJson = False) -> Non
 @app.command()
 def deploy(
     file: Annotated[Path, typer.Option(help="Deployments to register.")] = Path("deployments/prefect.yaml"),
+    pool: Annotated[str, typer.Option(help="Work pool for all of them; empty: those that the file says.")] = "",
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", help="Change a parameter of all: --set ray_address=http://HEAD:8265", show_default=False),
+    ] = [],
 ) -> None:
-    """Register work pool and deployments on the configured Prefect server."""
+    """Register work pool, deployments and automations on the configured Prefect server."""
     from flows.deploy import deploy_all
 
-    deploy_all(file)
+    deploy_all(file, pool, set_)
 
 
 @app.command()
@@ -234,13 +239,16 @@ def doctor(
     config: Annotated[Path | None, typer.Argument(help="Also check what this configuration names.")] = None,
     set_: Set = [],
     store: StoreUrl = "",
+    load: Annotated[bool, typer.Option("--load", help="Also load each model where a run would, and ask it.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What would fail, before a GPU is paid for."""
     from flows.doctor import examine
+    from tasks.cluster import disconnecting
 
     values = load_values(config, set_, store) if config else {"store": store}
-    result = examine(parse(flow_of(values), values, config) if config else RunConfig.model_validate(values))
+    with _stdout_for_results(), disconnecting():
+        result = examine(parse(flow_of(values), values, config) if config else RunConfig.model_validate(values), load)
     _print(as_json, result, "doctor_markdown")
     if not all(row["ok"] for row in result["checks"]):
         raise typer.Exit(1)

@@ -11,11 +11,12 @@ from flows.running import run_on_ray
 from tasks.cluster import disconnecting
 from tasks.config import CurateConfig, PairingConfig, PublishConfig, SubsetConfig
 from tasks.explain import overlap
-from tasks.sections import EnsembleConfig, GenerateConfig, ImportConfig, IngestConfig, ScoreConfig
+from tasks.sections import EnsembleConfig, GenerateConfig, ImportConfig, IngestConfig, PricesConfig, ScoreConfig
 from tasks.store import Store
 
 _PAIR = [PairingConfig()]
 _PUBLISH = PublishConfig()
+_PRICES = PricesConfig()
 
 
 @flow(name="curate")
@@ -31,6 +32,7 @@ def curate(
     publish: PublishConfig = _PUBLISH,
     store: str = "",
     ray_address: str = "local",
+    prices: PricesConfig = _PRICES,
 ) -> dict[str, Any]:
     """Generate and score completions, or import them; rank prompts; publish subsets of preference pairs.
 
@@ -45,6 +47,7 @@ def curate(
         publish: Form of the published files.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
         ray_address: local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.
+        prices: What GPUs and endpoints cost, for the report.
     """
     config = CurateConfig(
         ingest=ingest,
@@ -57,6 +60,7 @@ def curate(
         publish=publish,
         store=store,
         ray_address=ray_address,
+        prices=prices,
     )
     url = config.store_url
     with disconnecting():
@@ -77,17 +81,20 @@ def curate(
         pairs = stages.pair(config, rewards, url)
         selections = stages.subset(config.subset, pairs, url)
         versions = stages.publish(config, selections, url)
-    rows = reporting.rows_up_to(rewards)
-    rows += [reporting.stage_row(f"pair {table.name}", table.counts, table.work) for table in pairs]
-    rows += [reporting.stage_row(f"subset {taken.name}", taken.counts, taken.work) for taken in selections]
-    rows += [reporting.stage_row(f"publish {version.name}", version.counts, version.work) for version in versions]
+        rows = reporting.rows_up_to(rewards)
+        rows += [reporting.stage_row(f"pair {table.name}", table.counts, table.work) for table in pairs]
+        rows += [reporting.stage_row(f"subset {taken.name}", taken.counts, taken.work) for taken in selections]
+        rows += [reporting.stage_row(f"publish {version.name}", version.counts, version.work) for version in versions]
+        cost = reporting.cost_of("curate", rows, config.prices, *versions)
     report: dict[str, Any] = {
         "store": Store(url).url,
         "subsets": [reporting.subset_row(Store(url), version) for version in versions],
         "overlap": overlap(selections, Store(url)),
         "rounds": list(rewards.completions.rounds),
         "stages": rows,
+        "cost": cost,
     }
+    reporting.show_published(report)
     reporting.show_counts("curate", report["stages"])
     reporting.show_report("curate", markdown.curate_markdown(report))
     return report

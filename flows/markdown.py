@@ -50,11 +50,30 @@ def curate_markdown(report: dict[str, Any]) -> str:
             "",
             *table(stages),
             "",
+            *cost_lines(report["cost"]),
+            "",
             *(["# What was dropped", "", *funnel(lost), ""] if lost else []),
             f"Store: `{report['store']}`. Each subset's folder there has a `report.html`.",
             "",
         ]
     )
+
+
+def cost_lines(cost: dict[str, Any]) -> list[str]:
+    """What the run paid for; what it found in the store was paid for by others."""
+    if not cost["gpu_seconds"] and not cost["paid_tokens"]:
+        return ["Cost: nothing; no GPU was held, no endpoint asked."]
+    paid = []
+    if cost["gpu_seconds"]:
+        paid.append(f"{number(cost['gpu_seconds'] / 3600)} GPU hours")
+    if cost["paid_tokens"]:
+        paid.append(f"{cost['paid_tokens']:,} tokens of endpoints")
+    what = " and ".join(paid)
+    if cost["amount"] is None:
+        return [f"Cost: {what}; `prices` in the configuration makes an amount of it."]
+    each = [f"{number(one['amount'])} per pair of {plain(name)}" for name, one in cost["per_pair"].items()]
+    whole = f"{what} = {number(cost['amount'])} {cost['currency']}"
+    return [f"Cost: {', '.join([whole, *each])}."]
 
 
 _WORK = {
@@ -87,6 +106,8 @@ def train_markdown(report: dict[str, Any]) -> str:
             "",
             *table([{"": "first step", **report["first"]}, {"": "last step", **report["last"]}]),
             "",
+            *cost_lines(report["cost"]),
+            "",
         ]
     )
 
@@ -115,6 +136,8 @@ def evaluate_markdown(report: dict[str, Any]) -> str:
             *table(sources),
             "",
             *_harness_lines(report.get("harness")),
+            *cost_lines(report["cost"]),
+            "",
         ]
     )
 
@@ -122,7 +145,8 @@ def evaluate_markdown(report: dict[str, Any]) -> str:
 def experiment_markdown(report: dict[str, Any]) -> str:
     """The report of an experiment, and where its page is."""
     text = experiment_text(report, report["costs"])
-    return f"{text}\nKept as `{report['version']}`, with a page to look at, report.html: `{report['place']}`\n"
+    kept = f"Kept as `{report['version']}`, with a page to look at, report.html: `{report['place']}`"
+    return "\n".join([text, *cost_lines(report["cost"]), "", kept, ""])
 
 
 def experiment_text(result: dict[str, Any], costs: dict[str, Any]) -> str:
@@ -343,7 +367,7 @@ def doctor_markdown(result: dict[str, Any]) -> str:
 
 def plan_markdown(result: dict[str, Any]) -> str:
     """What a run would do; and the subsets, where all rewards are there."""
-    lines = ["# Dry run", "", *table(result["checks"]), "", "## Work to do", "", *table(result["work"]), ""]
+    lines = ["# Dry run", "", *table(result["checks"]), "", "## Work to do", "", *table(_work_rows(result["work"])), ""]
     if "cells" in result:
         lines += ["## Cells", "", *table(result["cells"]), ""]
     if "subsets" not in result:
@@ -363,6 +387,12 @@ def plan_markdown(result: dict[str, Any]) -> str:
         lines += [f"## {subset['name']}: {subset['pairs']:,} pairs", "", f"{plain(words[:1].upper() + words[1:])}.", ""]
         lines += explained(told, controls)
     return "\n".join([*lines, *overlap_lines(result["overlap"]), "Nothing was written.", ""])
+
+
+def _work_rows(work: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With a column for estimates where there are any."""
+    told = any("estimate" in row for row in work)
+    return [{**row, "estimate": row.get("estimate", "")} for row in work] if told else work
 
 
 def demo_markdown(result: dict[str, Any]) -> str:

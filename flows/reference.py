@@ -44,6 +44,7 @@ _LIKE = {  # texts of a certain form
     r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$": "name",
     r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(@[0-9a-f]{8,64})?$": "name or name@version",
     r"^[a-z][a-z0-9_]{0,63}$": "snake_case name",
+    r"^[A-Za-z]{1,8}$": "letters, at most 8",
 }
 _FLOWS = {model.__name__: flow for flow, model in FLOWS.items()}
 _HEADER = ["field", "takes", "default", "what"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -18,10 +19,16 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.events import emit_event
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
 
+from tasks import costs, prometheus
 from tasks.card import dropped_words, selection_words
-from tasks.progress import Progress, Report
+from tasks.progress import Progress, Report, silent
 from tasks.records import Counts, Rewards, Version, Work
+from tasks.sections import PricesConfig
 from tasks.store import Store
 from tasks.versions import read_manifest
 
@@ -32,7 +39,14 @@ _PATIENCE = 10.0  # seconds that an end waits for what it shows; Prefect's clien
 
 @contextlib.contextmanager
 def progress_artifact(stage: str) -> Iterator[Report]:
-    """A reporter that keeps one progress artifact up to date and logs now and then; the end is always shown."""
+    """A reporter that keeps one progress artifact up to date, and draws a bar on a terminal, or logs now and then."""
+    terminal = _terminal()
+    with _bar(stage, terminal) if terminal else contextlib.nullcontext(silent) as draw:
+        yield from _reporting(stage, draw, lines=terminal is None)
+
+
+def _reporting(stage: str, draw: Report, lines: bool) -> Iterator[Report]:
+    """The end is always shown and logged."""
     logger = get_run_logger()
     artifact: UUID | None = None
     shown = logged = -math.inf
@@ -51,10 +65,11 @@ def progress_artifact(stage: str) -> Iterator[Report]:
     def report(progress: Progress) -> None:
         nonlocal shown, logged, last, showing
         last, now = progress, time.monotonic()
+        draw(progress)
         if now - shown >= _ARTIFACT_EVERY and not (showing and showing.is_alive()):
             shown = now
             showing = _beside(lambda: show(progress))
-        if progress.done and now - logged >= _LOG_EVERY and not progress.finished:
+        if lines and progress.done and now - logged >= _LOG_EVERY and not progress.finished:
             logged = now
             logger.info("%s: %s", progress.stage, progress)
 
@@ -64,6 +79,25 @@ def progress_artifact(stage: str) -> Iterator[Report]:
         if showing is None or _ended(showing):
             _ended(_beside(lambda: show(done)))
         logger.info("%s: %s", done.stage, done)
+
+
+def _terminal() -> Console | None:
+    """Where Prefect's log goes, if somebody looks at it: a bar of the same console does not get into its lines."""
+    for handler in logging.getLogger().handlers:
+        console = getattr(handler, "console", None)
+        if isinstance(console, Console) and console.is_terminal:
+            return console
+    return None
+
+
+@contextlib.contextmanager
+def _bar(stage: str, console: Console) -> Iterator[Report]:
+    # Prefect's console knows no style of a bar by name.
+    bar_column = BarColumn(style="grey37", complete_style="cyan", finished_style="green", pulse_style="cyan")
+    columns = (TextColumn("{task.description:>8}"), bar_column, TextColumn("{task.fields[words]}"))
+    with Bars(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task(stage, total=None, words="")
+        yield lambda now: bars.update(bar, completed=now.done, total=now.total or None, words=str(now))
 
 
 def _beside(tell: Callable[[], Any]) -> threading.Thread:
@@ -97,6 +131,10 @@ def stage_row(stage: str, counts: Counts, work: Work) -> dict[str, Any]:
         "engine_starts": work.engine_starts,
         "requests": work.requests,
         "tokens": work.tokens,
+        "paid_tokens": work.paid_tokens,
+        "retries": work.retries,
+        "engine_restarts": work.engine_restarts,
+        "gpu_seconds": round(work.gpu_seconds, 2),
         "shards_made": work.shards_made,
         "shards_reused": work.shards_reused,
         "seconds": round(work.seconds, 2),
@@ -125,6 +163,26 @@ def subset_row(store: Store, version: Version) -> dict[str, Any]:
         "pairs": content["summary"]["rows"],
         **{key: content["summary"][f"mean_{key}"] for key in ("pvar", "margin", "chosen_tokens", "rejected_tokens")},
     }
+
+
+def show_published(report: dict[str, Any]) -> None:
+    """An event for each version that was not there before, for whoever waits for one."""
+    new = {row["stage"] for row in report["stages"] if row["shards_made"]}
+    for row in report["subsets"]:
+        if f"publish {row['name']}" in new:
+            version = f"{row['name']}@{row['version']}"
+            emit_event(
+                "prefsieve.subset.published",
+                resource={"prefect.resource.id": f"prefsieve.subset.{row['name']}", "prefect.resource.name": version},
+                payload={"version": version, "pairs": row["pairs"], "store": report["store"]},
+            )
+
+
+def cost_of(flow: str, stages: list[dict[str, Any]], prices: PricesConfig, *versions: Version) -> dict[str, Any]:
+    """What the run cost, and per pair of what it published; told to Prometheus as well."""
+    cost = costs.cost_of(stages, {version.name: version.counts.out for version in versions}, prices)
+    prometheus.show_cost(flow, cost["amount"], prices.currency)
+    return cost
 
 
 def show_counts(flow: str, stages: list[dict[str, Any]]) -> None:

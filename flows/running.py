@@ -17,15 +17,18 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Crashed
+from pydantic import BeforeValidator, ValidationError
 
 from flows import markdown, reporting
+from flows.form import unfolded
 from tasks.config import is_dashboard
+from tasks.errors import ConfigError
 
 _EVERY = 5.0  # seconds between two questions for the state
 _WORKERS_TURN = 20.0  # seconds in which a worker ends a run that it started, if it is still there
@@ -37,7 +40,7 @@ R = TypeVar("R")
 
 def run_on_ray(flow: Callable[P, R]) -> Callable[P, R]:
     """For the function of a flow. Its name is the flow's, and it has an argument `ray_address`."""
-    signature = inspect.signature(flow, eval_str=True)  # Prefect would look for the names of the types in this module
+    signature = _as_a_form_fills_it(inspect.signature(flow, eval_str=True))
 
     @functools.wraps(flow)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,6 +55,8 @@ def run_on_ray(flow: Callable[P, R]) -> Callable[P, R]:
         except BaseException as error:
             if watch.cancelled:
                 return cast(R, Cancelled(message=_KEPT))
+            if isinstance(error, ValidationError):  # of parameters that do not go together
+                raise ConfigError(_described(error)) from error
             if not isinstance(error, TerminationSignal) or _is_told_by_another():
                 raise
             # Raised further, it would make Prefect kill this process before the API is told.
@@ -59,6 +64,21 @@ def run_on_ray(flow: Callable[P, R]) -> Callable[P, R]:
 
     run.__signature__ = signature  # type: ignore[attr-defined]
     return run
+
+
+def _described(error: ValidationError) -> str:
+    from flows.cli import describe_errors
+
+    return describe_errors(error)
+
+
+def _as_a_form_fills_it(signature: inspect.Signature) -> inspect.Signature:
+    """With types in place of their names, which Prefect would look for in this module, and that take sections apart."""
+    parameters = [
+        parameter.replace(annotation=Annotated[parameter.annotation, BeforeValidator(unfolded)])
+        for parameter in signature.parameters.values()
+    ]
+    return signature.replace(parameters=parameters)
 
 
 def _is_told_by_another() -> bool:
@@ -77,6 +97,8 @@ def _as_job(flow: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
     config = FLOWS[flow](**{name: value for name, value in arguments.items() if value is not None})
     report = run_flow(flow, config, config.ray_address)
+    if flow == "curate":
+        reporting.show_published(report)
     reporting.show_counts(flow, report["stages"])
     reporting.show_report(flow, getattr(markdown, f"{flow}_markdown")(report))
     return report

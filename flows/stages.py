@@ -7,7 +7,7 @@ network are tried again: a wrong configuration or a failing model would fail aga
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -35,13 +35,22 @@ from tasks.config import CompareConfig, CurateConfig, EvaluateConfig, RunConfig,
 from tasks.errors import is_network_fault
 from tasks.experiment_report import Experiment
 from tasks.experiments import ExperimentConfig
+from tasks.prometheus import show_dropped
 from tasks.records import Completions, Duels, Pairs, PromptSet, Rewards, Selection, Version
 from tasks.sections import GenerateConfig, ImportConfig, IngestConfig, ScoreConfig
 from tasks.store import UNCONDITIONAL, Store
 
+T = TypeVar("T", PromptSet, Completions, Rewards, Duels, Pairs, Selection)
+
 
 def _is_network_fault(task: Any, run: Any, state: Any) -> bool:
     return is_network_fault(state.result(raise_on_failure=False))
+
+
+def _counted(stage: str, handle: T) -> T:
+    """What a stage made, its drops told to Prometheus."""
+    show_dropped(stage, handle.counts.dropped)
+    return handle
 
 
 _STAGE: dict[str, Any] = {
@@ -65,13 +74,13 @@ def check(config: RunConfig) -> dict[str, str]:
 @task(name="ingest", task_run_name="ingest", **_STAGE)
 def ingest(config: IngestConfig, store: str) -> PromptSet:
     with progress_artifact("ingest") as report:
-        return tasks.ingest.ingest(config, Store(store), report)
+        return _counted("ingest", tasks.ingest.ingest(config, Store(store), report))
 
 
 @task(name="import", task_run_name="import", **_STAGE)
 def import_(config: ImportConfig, store: str) -> Rewards:
     with progress_artifact("import") as report:
-        return tasks.imports.import_(config, Store(store), report)
+        return _counted("import", tasks.imports.import_(config, Store(store), report))
 
 
 @task(name="generate", task_run_name="generate", **_STAGE)
@@ -79,26 +88,29 @@ def generate(
     config: GenerateConfig, prompts: PromptSet, store: str, ray_address: str, in_turn: bool = False
 ) -> Completions:
     with progress_artifact("generate") as report:
-        return tasks.generate.generate(config, prompts, Store(store), report, ray_address, in_turn=in_turn)
+        return _counted(
+            "generate", tasks.generate.generate(config, prompts, Store(store), report, ray_address, in_turn=in_turn)
+        )
 
 
 @task(name="adapt", task_run_name="adapt", **_STAGE)
 def adapt(config: GenerateConfig, scoring: ScoreConfig, prompts: PromptSet, store: str, ray_address: str) -> Rewards:
     """generate and score in rounds."""
     with progress_artifact("adapt") as report:
-        return tasks.adapt.adapt(config, scoring, prompts, Store(store), report, ray_address)
+        return _counted("adapt", tasks.adapt.adapt(config, scoring, prompts, Store(store), report, ray_address))
 
 
 @task(name="score", task_run_name="score", **_STAGE)
 def score(config: ScoreConfig, completions: Completions, store: str, ray_address: str) -> Rewards:
     with progress_artifact("score") as report:
-        return tasks.score.score(config, completions, Store(store), report, ray_address)
+        return _counted("score", tasks.score.score(config, completions, Store(store), report, ray_address))
 
 
 @task(name="pair", task_run_name="pair", **_STAGE)
 def pair(config: CurateConfig, rewards: Rewards, store: str) -> list[Pairs]:
     with progress_artifact("pair") as report:
-        return [tasks.pair.pair(rule, rewards, Store(store), report, config.ensembles) for rule in config.pair]
+        tables = [tasks.pair.pair(rule, rewards, Store(store), report, config.ensembles) for rule in config.pair]
+        return [_counted("pair", table) for table in tables]
 
 
 @task(name="subset", task_run_name="subset", **_STAGE)
@@ -107,7 +119,7 @@ def subset(configs: list[SubsetConfig], pairs: list[Pairs], store: str) -> list[
     tables = {table.name: table for table in pairs}
     with progress_artifact("subset") as report:
         return [
-            selection
+            _counted("subset", selection)
             for config in configs
             for selection in tasks.subset.subset(config, tables[config.pairs or pairs[0].name], Store(store), report)
         ]
@@ -132,7 +144,7 @@ def train(config: TrainConfig, store: str) -> Version:
 def duel(config: ScoreConfig, compare: CompareConfig, completions: Completions, store: str, ray_address: str) -> Duels:
     """What pairwise judges say of policy against reference."""
     with progress_artifact("duel") as report:
-        return tasks.duel.duel(config, compare, completions, Store(store), report, ray_address)
+        return _counted("duel", tasks.duel.duel(config, compare, completions, Store(store), report, ray_address))
 
 
 @task(name="evaluate", task_run_name="evaluate", **_STAGE)

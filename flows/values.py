@@ -30,7 +30,7 @@ def load_values(path: Path, changes: list[str], store: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping with sections such as `ingest:`")
     for change in changes:
-        _set(values, change)
+        set_value(values, change)
     _check(values, str(path))
     return {**values, "store": store} if store else values
 
@@ -120,7 +120,8 @@ def _check_scalar(value: Any, where: str) -> None:
         )
 
 
-def _set(values: dict[str, Any], change: str) -> None:
+def set_value(values: dict[str, Any], change: str) -> None:
+    """Apply one --set. ConfigError when there is no such place."""
     field, equals, text = change.partition("=")
     if not equals:
         raise ConfigError(f"--set {shortened(change)}: write field=value, for example --set generate.samples=16")

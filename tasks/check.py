@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tasks import models
-from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig
+from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig, is_dashboard
 from tasks.duel import missing_duels, sides_of
 from tasks.errors import ConfigError, RunError
 from tasks.experiments import ExperimentConfig, HeldOutConfig
@@ -21,7 +22,7 @@ from tasks.score import files_to_rate, missing_rewards
 from tasks.sections import GeneratorConfig, ImportConfig, ScorerConfig
 from tasks.sources import find_source
 from tasks.store import Store
-from tasks.training import TrainingConfig, check_columns
+from tasks.training import PolicyConfig, TrainingConfig, check_columns
 from tasks.versions import find_version
 
 Evaluated = CurateConfig | EvaluateConfig | HeldOutConfig
@@ -34,16 +35,19 @@ def check(config: RunConfig, probe: bool = True) -> dict[str, str]:
 
 
 def checks(config: RunConfig, probe: bool = True) -> Iterator[Check]:
-    """The store first, then everything that the configuration names. Without a probe nothing is written."""
-    store = Store(config.store_url)
+    """The store first, then everything that the configuration names. Without a probe nothing is written.
+
+    What has to be installed is the cluster's affair where the run is a job there, which checks it again.
+    """
+    store, here = Store(config.store_url), not is_dashboard(config.ray_address)
     yield f"store {config.store_url}", store.check if probe else store.reach
     if isinstance(config, ExperimentConfig):
-        yield from _experiment(config, store)
+        yield from _experiment(config, store, here)
         return
-    yield from _named(config, store)
+    yield from _named(config, store, here)
 
 
-def _experiment(config: ExperimentConfig, store: Store) -> Iterator[Check]:
+def _experiment(config: ExperimentConfig, store: Store, here: bool) -> Iterator[Check]:
     """What curate will publish need not be there; a policy that is evaluated need not be either."""
     curate = config.curate
     published = [name for subset in curate.subset for name in subset.names()] if curate else []
@@ -53,22 +57,22 @@ def _experiment(config: ExperimentConfig, store: Store) -> Iterator[Check]:
                 config.training(cell, "cell", subset).train for cell in config.cells() if cell.arm.subset == subset
             ]
             yield f"subset {subset}", lambda subset=subset, trains=trains: _subset(subset, trains, store)  # type: ignore[misc]
-    yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
+    yield f"model {config.policy.model}", lambda: _policy(config.policy, store, here)
     if curate:
-        yield from _named(curate, store)
+        yield from _named(curate, store, here)
     evaluate = config.evaluate
     yield f"held-out prompts {evaluate.ingest.source}", lambda: find_source(evaluate.ingest)
-    yield "reference", _generator(evaluate.reference, "evaluate.generate.generators.0", store)
+    yield "reference", _generator(evaluate.reference, "evaluate.generate.generators.0", store, here)
     for i, scorer in enumerate(evaluate.score.scorers):
-        yield f"held-out scorer {scorer.name}", _scorer(evaluate, scorer, f"evaluate.score.scorers.{i}", store)
+        yield f"held-out scorer {scorer.name}", _scorer(evaluate, scorer, f"evaluate.score.scorers.{i}", store, here)
     yield "models and functions of the evaluation", lambda: _distinct(evaluate, store)
 
 
-def _named(config: RunConfig, store: Store) -> Iterator[Check]:
+def _named(config: RunConfig, store: Store, here: bool) -> Iterator[Check]:
     """What the other flows name."""
     if isinstance(config, TrainConfig):
         yield f"subset {config.subset}", lambda: _subset(config.subset, [config.train], store)
-        yield f"model {config.policy.model}", lambda: models.identity("policy.model", config.policy, store)
+        yield f"model {config.policy.model}", lambda: _policy(config.policy, store, here)
     if isinstance(config, CurateConfig) and config.import_:
         source = config.import_
         yield f"completions {source.source}", lambda: _understood(source)
@@ -77,9 +81,9 @@ def _named(config: RunConfig, store: Store) -> Iterator[Check]:
             prompts = config.ingest
             yield f"prompts {prompts.source}", lambda: find_source(prompts)
         for i, generator in enumerate(config.generate.generators if config.generate else []):
-            yield f"generator {generator.name}", _generator(generator, f"generate.generators.{i}", store)
+            yield f"generator {generator.name}", _generator(generator, f"generate.generators.{i}", store, here)
         for i, scorer in enumerate(config.score.scorers if config.score else []):
-            yield f"scorer {scorer.name}", _scorer(config, scorer, f"score.scorers.{i}", store)
+            yield f"scorer {scorer.name}", _scorer(config, scorer, f"score.scorers.{i}", store, here)
         if isinstance(config, EvaluateConfig) and config.harness:
             tasks_of = config.harness
             yield f"harness {', '.join(tasks_of.tasks)}", lambda: harness_found(tasks_of)
@@ -119,9 +123,9 @@ def _fingerprints(configs: Sequence[Any], fingerprint: Callable[[Any, Store], st
     return found
 
 
-def _generator(generator: GeneratorConfig, field: str, store: Store) -> Callable[[], str]:
+def _generator(generator: GeneratorConfig, field: str, store: Store, here: bool) -> Callable[[], str]:
     def find_out() -> str:
-        _engine_installed(f"{field}.engine", generator.engine)
+        _engine_installed(f"{field}.engine", generator.engine, here)
         if generator.engine == "fake":
             return "fake engine"
         return f"{generator.engine}, {models.identity(f'{field}.model', generator, store)}"
@@ -129,12 +133,12 @@ def _generator(generator: GeneratorConfig, field: str, store: Store) -> Callable
     return find_out
 
 
-def _scorer(config: Evaluated, scorer: ScorerConfig, field: str, store: Store) -> Callable[[], str]:
+def _scorer(config: Evaluated, scorer: ScorerConfig, field: str, store: Store, here: bool) -> Callable[[], str]:
     def find_out() -> str:
         if scorer.type == "function":
             models.load_function(scorer)
             return f"function in {models.function_source(scorer)}"
-        _engine_installed(f"{field}.engine", scorer.engine)
+        _engine_installed(f"{field}.engine", scorer.engine, here)
         if scorer.engine == "fake":
             return "fake engine"
         if scorer.engine == "openai":
@@ -186,8 +190,19 @@ def _known_completions(config: Evaluated, store: Store) -> Completions | None:
     return Completions(prompts, config.generate.samples, fingerprints, prompts.counts)
 
 
-def _engine_installed(field: str, engine: str) -> None:
-    import importlib.util
+def _policy(config: PolicyConfig, store: Store, here: bool) -> str:
+    _installed("policy", "trl", "training", here)
+    return models.identity("policy.model", config, store)
 
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"{field}: vllm is not installed; install prefsieve[gpu] or prefsieve[cpu]")
+
+def _engine_installed(field: str, engine: str, here: bool) -> None:
+    if package := {"vllm": "vllm", "transformers": "torch"}.get(engine):
+        _installed(field, package, "gpu] or prefsieve[cpu", here)
+
+
+def _installed(field: str, package: str, extra: str, here: bool) -> None:
+    if here and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{field}: {package} is not installed; install prefsieve[{extra}], or hand the run to a cluster that has "
+            "it, by ray_address: http://HEAD:8265"
+        )

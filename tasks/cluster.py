@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,24 @@ from typing import Any
 from tasks.config import PolicyConfig
 from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
 from tasks.faults import EngineDied
+from tasks.prometheus import PoolSeries
+from tasks.records import Work
 from tasks.sections import ModelConfig
 
 # Shards in flight per actor: one decodes, the next waits inside the engine, a third is read or written.
 IN_FLIGHT = 3
+
+# What items report of the work that they were, as in Work.
+COUNTED = (
+    "requests",
+    "samples",
+    "tokens",
+    "paid_tokens",
+    "retries",
+    "engine_starts",
+    "engine_restarts",
+    "gpu_seconds",
+)
 
 _LAST_WORDS = 1.0  # seconds for what else goes on in a process whose engine died
 
@@ -135,12 +150,13 @@ def _has_ray() -> bool:
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors that hold one engine each, and the items they are to work through.
+    """Actors that hold one engine each, and the items they are to work through for a stage.
 
     `worker(*arguments, run)` is called in each of the actors; `worker.work(item) -> dict` is awaited there, IN_FLIGHT
     items at a time; `on_done` gets each item's answer, here, as it comes.
     """
 
+    stage: str
     worker: type
     arguments: tuple[Any, ...]
     items: list[dict[str, Any]]
@@ -148,13 +164,10 @@ class Pool:
     on_done: Callable[[dict[str, Any]], None]
 
 
-def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
-    """Work through all pools, side by side as far as the cluster has room.
-
-    Returns the seconds from the first engine being ready to the last item being done.
-    """
+def run_pools(pools: Sequence[Pool], address: str = "local") -> Work:
+    """Work through all pools, side by side as far as the cluster has room. Returns what the engines had to do."""
     if not pools:
-        return 0.0
+        return Work()
     ray = connect(address)
     for pool in pools:
         check_room(ray, pool.config)
@@ -166,6 +179,8 @@ def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
         for pool in pools
     ]
     ready, last, running = float("inf"), 0.0, len(pools)
+    spent: Counter[str] = Counter()
+    series = {id(pool): PoolSeries(pool.stage, getattr(pool.config, "name", ""), len(pool.items)) for pool in pools}
     try:
         for driver in drivers:
             driver.start()
@@ -180,10 +195,13 @@ def run_pools(pools: Sequence[Pool], address: str = "local") -> float:
             else:
                 last = time.monotonic()  # here: clocks of machines differ, and may be set
                 ready = min(ready, last - answer["since_ready"])
+                counted = {key: answer.get(key, 0) for key in COUNTED}
+                spent.update(counted)
+                series[id(pool)].add(counted)
                 pool.on_done(answer)
     finally:
         _end(drivers, run)
-    return last - ready
+    return Work(**spent, engine_seconds=last - ready)
 
 
 def _end(drivers: list[threading.Thread], run: str) -> None:
@@ -211,7 +229,7 @@ def _dataset(ray: Any, pool: Pool, run: str) -> Any:
         items.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         return items.map_batches(
             _Actor,
-            fn_constructor_args=(pool.worker, (*pool.arguments, run)),
+            fn_constructor_args=(pool.worker, (*pool.arguments, run), pool.config.gpus),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(pool.config.workers, len(pool.items)),
@@ -257,9 +275,10 @@ class _Actor:
     message until nobody finds it. A process that dies is another matter; that item does go to a fresh actor.
     """
 
-    def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, worker: type, arguments: tuple[Any, ...], gpus: float) -> None:
         self.error, self.unreachable = "", False
         self.fresh = 1  # the first item reports that an engine was started
+        self.gpus, self.told = gpus, time.monotonic()  # the seconds since then are still to be reported
         try:
             self.worker = worker(*arguments)
         except Exception as error:
@@ -280,13 +299,25 @@ class _Actor:
                 unreachable = is_network_fault(raised)
                 error = f"{'a server could not be reached' if unreachable else 'an engine failed'}: {_said(raised)}"
         starts, self.fresh = self.fresh, 0
+        now = time.monotonic()
+        held, self.told = now - self.told, now
         about = {
             "error": error,
             "unreachable": unreachable,
             "engine_starts": starts,
-            "since_ready": time.monotonic() - self.ready_at,
+            "engine_restarts": starts and _restarted(),
+            "held_seconds": held,
+            "gpu_seconds": self.gpus * held,
+            "since_ready": now - self.ready_at,
         }
         yield {key: [value] for key, value in {**counts, **about}.items()}
+
+
+def _restarted() -> int:
+    """1 in an actor whose process took the place of one that died."""
+    import ray
+
+    return int(bool(ray.get_runtime_context().was_current_actor_reconstructed))
 
 
 def check_room(ray: Any, config: ModelConfig | PolicyConfig) -> None:

@@ -19,6 +19,7 @@ from tasks.sections import (
     ImportConfig,
     IngestConfig,
     Name,
+    PricesConfig,
     RewardScale,
     ScoreConfig,
     Section,
@@ -178,6 +179,7 @@ class RunConfig(Section):
         "local",
         description="local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.",
     )
+    prices: PricesConfig = Field(PricesConfig(), description="What GPUs and endpoints cost, for the report.")
 
     @field_validator("ray_address")
     @classmethod

@@ -1,10 +1,81 @@
-"""Costs: costs/<what>/<digest>.json, seconds measured when a thing was made. Never part of its version."""
+"""What things cost: seconds measured when a thing was made, and what a run's GPUs and endpoints come to.
+
+    amount = GPU seconds / 3600 * price of a GPU hour + paid tokens / 10^6 * price of a million tokens
+
+In the store, costs/<what>/<digest>.json holds the seconds, and costs/<stage>/<fingerprint>/ what a model's engines took
+in each run, which dry runs estimate by. None of it is ever part of a version.
+"""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from tasks.progress import duration
+from tasks.sections import ModelConfig, PricesConfig
 from tasks.store import Store
+
+_SEEN = 50  # runs that are looked at
+
+
+def amount(gpu_seconds: float, paid_tokens: float, prices: PricesConfig) -> float:
+    """In the currency of the prices."""
+    return gpu_seconds / 3600 * prices.gpu_hour + paid_tokens / 1e6 * prices.million_tokens
+
+
+def cost_of(stages: Iterable[dict[str, Any]], pairs: dict[str, int], prices: PricesConfig) -> dict[str, Any]:
+    """What a run cost, and each pair of a subset if there were no other. Amounts are null where nothing has a price.
+
+    stages: rows with gpu_seconds and paid_tokens. pairs: how many each subset accepted.
+    """
+    rows = list(stages)
+    seconds = sum(row["gpu_seconds"] for row in rows)
+    tokens = sum(row["paid_tokens"] for row in rows)
+    whole = amount(seconds, tokens, prices) if prices.gpu_hour or prices.million_tokens else None
+    per_pair = {
+        name: {"gpu_seconds": seconds / number, "amount": None if whole is None else whole / number}
+        for name, number in pairs.items()
+        if number
+    }
+    return {
+        "gpu_seconds": round(seconds, 2),
+        "paid_tokens": tokens,
+        "amount": whole,
+        "currency": prices.currency,
+        "per_pair": per_pair,
+    }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a model's engines in earlier runs: what so many samples took."""
+
+    samples: int
+    tokens: int
+    seconds: float  # that engines were held, their start included
+
+    def estimate(self, samples: int, config: ModelConfig) -> str:
+        """For so many samples, in words."""
+        share = samples / self.samples
+        held = share * self.seconds
+        words = [f"{share * self.tokens:,.0f} tokens"] if self.tokens else []
+        words.append(f"{duration(held / config.workers)} with {config.workers} engine{'s' * (config.workers > 1)}")
+        words += [f"{held * config.gpus / 3600:.2g} GPU hours"] if config.gpus else []
+        return f"about {', '.join(words)}"
+
+
+def remember_speed(store: Store, stage: str, fingerprint: str, speed: Speed) -> None:
+    """After each run that made something; the fastest way to know what the next one takes is to have seen one."""
+    if speed.samples:
+        store.create_json(f"costs/{stage}/{fingerprint}/{uuid.uuid4().hex}.json", asdict(speed))
+
+
+def known_speed(store: Store, stage: str, fingerprint: str) -> Speed | None:
+    """Over all that was seen."""
+    seen = [store.read_json(path) for path in store.list(f"costs/{stage}/{fingerprint}")[:_SEEN]]
+    return Speed(*(sum(one[key] for one in seen) for key in ("samples", "tokens", "seconds"))) if seen else None
 
 
 def remember_cost(store: Store, what: str, digest: str, seconds: float) -> None:

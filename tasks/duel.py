@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from tasks.generate import completions_path
 from tasks.ingest import read_shard
 from tasks.judge import ENDPOINT, JUDGE, Duel, Judge
 from tasks.progress import Meter, Report, silent
-from tasks.records import DUELS, Completions, Counts, Duels, Work
+from tasks.records import DUELS, Completions, Counts, Duels
 from tasks.samples import Held, Ints, cover, existing, missing, rows_of, wanted_of
 from tasks.score import TooManyMissing, check_missing, settled
 from tasks.sections import ScoreConfig, ScorerConfig
@@ -63,32 +64,28 @@ def duel(
     totals: Counter[str] = Counter()
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
-        totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
+        totals["tokens"] += counts["tokens"]
         totals[f"missing from {name}"] += counts["missing"]
         check_missing(config, name, totals[f"missing from {name}"], total, counts["example"], _WHAT)
         meter.add(counts["finished"], f"{totals['tokens'] / meter.seconds:,.0f} tokens/s")
 
     pools = [
-        Pool(DuelWorker, (j, fingerprints[j.name], sides, store.url), todo[j.name], j, partial(on_done, j.name))
+        Pool("duel", DuelWorker, (j, fingerprints[j.name], sides, store.url), todo[j.name], j, partial(on_done, j.name))
         for j in judges
         if todo[j.name]
     ]
     try:
-        engine_seconds = run_pools(pools, address)
+        work = run_pools(pools, address)
         counts = _count(config, fingerprints, sides, shards, store)
     except TooManyMissing:
         settled(lambda: _forget(fingerprints, sides, shards, store))
         raise
     made = sum(map(len, todo.values()))
-    work = Work(
+    work = replace(
+        work,
         shards_made=made,
         shards_reused=len(shards) * len(judges) - len({(n, i["shard"]) for n in todo for i in todo[n]}),
-        engine_starts=totals["engine_starts"],
-        requests=totals["requests"],
-        samples=totals["samples"],
-        tokens=totals["tokens"],
         seconds=time.monotonic() - started,
-        engine_seconds=engine_seconds,
     )
     return Duels(completions, fingerprints, counts, work)
 
@@ -101,14 +98,15 @@ class DuelWorker:
     ) -> None:
         self.store, self.sides, self.fingerprint = Store(store_url), sides, fingerprint
         model = config.model if config.engine == "openai" else models.local(config.model, self.store)
-        loop = EngineLoop(judge_engine(config, model), Faults(self.store, run), config.deadline)
-        self.judge = Judge(config.judge, fingerprint, loop)
+        self.loop = EngineLoop(judge_engine(config, model), Faults(self.store, run), config.deadline)
+        self.judge = Judge(config.judge, fingerprint, self.loop)
+        self.paid = config.engine == "openai"
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         first, last = item["first"], item["last"]
         path = duels_path(self.fingerprint, self.sides, item["prompts"], Held(first, last))
         if await asyncio.to_thread(self.store.exists, path):  # by a process that died afterwards, or by another run
-            nothing = dict.fromkeys(("requests", "samples", "tokens", "missing"), 0)
+            nothing = dict.fromkeys(("requests", "samples", "tokens", "paid_tokens", "retries", "missing"), 0)
             return {**nothing, "finished": item["samples"], "example": ""}
         rows = (await asyncio.to_thread(read_shard, self.store, item["shard"], ["prompt_id", "messages"])).to_pylist()
         number = np.full(len(rows), last, np.int64)
@@ -131,6 +129,8 @@ class DuelWorker:
             "requests": requests,
             "samples": sum(len(outcome["reasons"]) for outcome in made),
             "tokens": tokens,
+            "paid_tokens": tokens if self.paid else 0,
+            "retries": self.loop.retries(),
             "finished": item["samples"],
             "missing": len(reasons),
             "example": reasons[0] if reasons else "",

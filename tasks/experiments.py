@@ -187,9 +187,9 @@ class ExperimentConfig(RunConfig):
         return base if base != arm else None
 
     def curating(self) -> dict[str, Any]:
-        """The parameters of the curate run, in this experiment's store and cluster."""
+        """The parameters of the curate run, in this experiment's store and cluster, at its prices."""
         assert self.curate
-        mine = {"store": self.store, "ray_address": self.ray_address}
+        mine = {field: getattr(self, field) for field in RunConfig.model_fields}
         return {field: getattr(self.curate, field) for field in CurateConfig.model_fields} | mine
 
     def training(self, cell: Cell, name: str, subset: str) -> TrainConfig:

@@ -11,7 +11,8 @@ import asyncio
 import hashlib
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,13 +22,14 @@ import pyarrow as pa
 from tasks import models
 from tasks.ahead import in_order
 from tasks.cluster import IN_FLIGHT, Pool, run_pools
+from tasks.costs import Speed, remember_speed
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.loop import EngineLoop, Refused
 from tasks.errors import RunError
 from tasks.faults import Faults
 from tasks.ingest import read_shard
 from tasks.progress import Meter, Report, silent
-from tasks.records import COMPLETIONS, Completions, Counts, PromptSet, Work, text_digest
+from tasks.records import COMPLETIONS, Completions, Counts, PromptSet, text_digest
 from tasks.samples import Held, Ints, Mask, cover, existing, missing, name_part, rows_of, wanted
 from tasks.sections import GenerateConfig, GeneratorConfig
 from tasks.store import Store
@@ -59,10 +61,12 @@ def generate(
     open_ = sum(item["final"] for items in todo.values() for item in items)
     meter = Meter(report, "generate", total, "prompts", reused=total - open_)
     totals: Counter[str] = Counter()
+    spent: defaultdict[str, Counter[str]] = defaultdict(Counter)
     answered: set[str] = set()  # files that were made now, with an answer to every prompt
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
-        totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
+        totals["tokens"] += counts["tokens"]
+        spent[name].update({key: counts[key] for key in ("samples", "tokens", "held_seconds")})
         answered.update([counts["file"]] if counts["file"] and not counts["refused"] else [])
         totals[f"refused by {name}"] += counts["refused"] if counts["final"] else 0
         _check_refused(config, name, totals[f"refused by {name}"], prompts.counts.out, counts["example"])
@@ -71,27 +75,27 @@ def generate(
     open_generators = [g for g in generators if todo[g.name]]
     alone = [g for g in open_generators if not in_turn or g.engine == "vllm"]  # its memory is free when a process ends
     pools = [
-        Pool(GenerateWorker, (g, fingerprints[g.name], store.url), todo[g.name], g, partial(on_done, g.name))
+        Pool("generate", GenerateWorker, (g, fingerprints[g.name], store.url), items, g, partial(on_done, g.name))
         for g in alone
+        if (items := todo[g.name])
     ]
     if shared := [g for g in open_generators if g not in alone]:
         arguments = ({g.name: (g, fingerprints[g.name]) for g in shared}, store.url)
         items = [{"generator": g.name, "items": json.dumps(todo[g.name])} for g in shared]
         pools.append(
-            Pool(InTurnWorker, arguments, items, shared[0], lambda counts: on_done(counts["generator"], counts))
+            Pool("generate", InTurnWorker, arguments, items, shared[0], lambda done: on_done(done["generator"], done))
         )
-    engine_seconds = run_pools(pools, address)
+    work = run_pools(pools, address)
     counts = _count(config, prompts, fingerprints, shards, store, answered)
+    for name, took in spent.items():
+        speed = Speed(took["samples"], took["tokens"], took["held_seconds"])
+        remember_speed(store, "generate", fingerprints[name], speed)
     made = sum(map(len, todo.values()))
-    work = Work(
+    work = replace(
+        work,
         shards_made=made,
         shards_reused=len(shards) * len(config.generators) - len({(n, i["shard"]) for n in todo for i in todo[n]}),
-        engine_starts=totals["engine_starts"],
-        requests=totals["requests"],
-        samples=totals["samples"],
-        tokens=totals["tokens"],
         seconds=time.monotonic() - started,
-        engine_seconds=engine_seconds,
     )
     return Completions(prompts, config.samples, fingerprints, counts, work, allotment)
 
@@ -109,7 +113,7 @@ class GenerateWorker:
         held = Held(item["first"], item["last"], item.get("part", ""))
         path = completions_path(self.fingerprint, item["prompts"], held)
         if await asyncio.to_thread(self.store.exists, path):  # by a process that died afterwards, or by another run
-            nothing = dict.fromkeys(("requests", "samples", "tokens", "refused"), 0)
+            nothing = dict.fromkeys(("requests", "samples", "tokens", "retries", "refused"), 0)
             return {**nothing, "final": item["final"], "example": "", "file": ""}
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held, ["prompt_id", "messages"])
         ids = prompts["prompt_id"].to_pylist()
@@ -126,6 +130,7 @@ class GenerateWorker:
             "requests": len(requests),
             "samples": sum(len(answer.samples) for answer in given),
             "tokens": sum(sample.tokens for answer in given for sample in answer.samples),
+            "retries": self.loop.retries(),
             "final": item["final"],
             "refused": len(refused),
             "example": refused[0] if refused else "",
@@ -154,7 +159,8 @@ class InTurnWorker:
                 done = await asyncio.gather(*map(one, json.loads(item["items"])))
             finally:
                 await asyncio.to_thread(worker.loop.close)
-        summed = {key: sum(part[key] for part in done) for key in ("requests", "samples", "tokens", "final")}
+        counted = ("requests", "samples", "tokens", "retries", "final")
+        summed = {key: sum(part[key] for part in done) for key in counted}
         summed["refused"] = sum(part["refused"] for part in done if part["final"])
         example = next((part["example"] for part in done if part["example"]), "")
         return {**summed, "example": example, "file": "", "generator": item["generator"]}

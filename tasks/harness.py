@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,18 @@ _YAML = (".yaml", ".yml")
 
 
 def harness(config: EvaluateConfig, store: Store, report: Report = silent) -> dict[str, Any]:
-    """{"version", "tasks": {task: {"examples", "fewshot", "metrics": {metric: {"policy", "reference"}}}}}; of each side
-    {"value", "standard_error"}."""
+    """{"version", "gpu_seconds", "tasks": {task: {"examples", "fewshot", "metrics": {metric: {"policy": ...,
+    "reference": ...}}}}}; of each side {"value", "standard_error"}. Results in the store held no GPU now."""
     assert config.harness
     found = harness_found(config.harness)
     generators = {generator.name: generator for generator in config.generate.generators}
     sides = {"policy": config.evaluate.policy, "reference": config.evaluate.reference}
     meter = Meter(report, "harness", len(sides), "models")
-    results = {}
+    results, held = {}, 0.0
     for side, name in sides.items():
-        results[side] = _of_model(config.harness, generators[name], store, config.ray_address)
+        started = time.monotonic()
+        results[side], made = _of_model(config.harness, generators[name], store, config.ray_address)
+        held += made * generators[name].gpus * (time.monotonic() - started)
         meter.add(1)
     tasks: dict[str, Any] = {}
     for side, by_task in results.items():
@@ -47,7 +50,7 @@ def harness(config: EvaluateConfig, store: Store, report: Report = silent) -> di
             metrics = tasks.setdefault(task, about)["metrics"]
             for metric, value in result["metrics"].items():
                 metrics.setdefault(metric, {})[side] = value
-    return {"version": found, "tasks": tasks}
+    return {"version": found, "gpu_seconds": held, "tasks": tasks}
 
 
 def harness_found(config: HarnessConfig) -> str:
@@ -77,11 +80,14 @@ def _mentions(folder: Path, name: str) -> bool:
     )
 
 
-def _of_model(config: HarnessConfig, generator: GeneratorConfig, store: Store, address: str) -> dict[str, Any]:
-    """Results by task, from the store or made now, in an actor with the generator's resources."""
+def _of_model(
+    config: HarnessConfig, generator: GeneratorConfig, store: Store, address: str
+) -> tuple[dict[str, Any], bool]:
+    """Results by task, from the store or made now, in an actor with the generator's resources; and whether now."""
     generator = models.pinned("generate", generator, store)
     path = f"harness/{digest(_facts(config, generator, store))}.json"
-    if not store.exists(path):
+    known = store.exists(path)
+    if not known:
         ray = connect(address)
         check_room(ray, generator)
         actor = ray.remote(HarnessWorker).options(num_cpus=generator.cpus, num_gpus=generator.gpus)
@@ -91,8 +97,7 @@ def _of_model(config: HarnessConfig, generator: GeneratorConfig, store: Store, a
                 store.create_json(path, ray.get(worker.run.remote()))
         finally:
             ray.kill(worker)
-    result: dict[str, Any] = store.read_json(path)
-    return result
+    return store.read_json(path), not known
 
 
 def _facts(config: HarnessConfig, generator: GeneratorConfig, store: Store) -> dict[str, Any]:

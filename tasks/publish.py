@@ -66,9 +66,11 @@ def publish(
         content = {"name": selection.name, "counts": counts, "summary": summary, **lineage, "explanation": explanation}
         (folder / "README.md").write_text(dataset_card(config, content), encoding="utf-8")
         (folder / "report.html").write_text(report_html(content, ends.highest, ends.lowest), encoding="utf-8")
+        files = len(list((folder / "data").iterdir()))
         version = publish_folder(store, "subsets", selection.name, folder, content)
     remember_build(store, version, inputs)
-    return Version(version.name, version.version, version.counts, Work(seconds=time.monotonic() - started))
+    work = Work(shards_made=files, seconds=time.monotonic() - started)
+    return Version(version.name, version.version, version.counts, work)
 
 
 def _lineage(subset: SubsetConfig, selection: Selection, store: Store) -> dict[str, Any]:

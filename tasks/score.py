@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 from tasks import models, rubric
 from tasks.ahead import in_order
 from tasks.cluster import Pool, run_pools
+from tasks.costs import Speed, remember_speed
 from tasks.engines import Refused, ScoringRequest, judge_engine, reward_engine
 from tasks.engines.loop import EngineLoop
 from tasks.errors import RunError
@@ -29,7 +31,7 @@ from tasks.faults import Faults
 from tasks.generate import completions_path, read_rows_of
 from tasks.judge import ENDPOINT, JUDGE, Judge, Rating
 from tasks.progress import Meter, Report, silent
-from tasks.records import DIMENSION, Completions, Counts, Prompt, Rewards, Work, rewards_schema
+from tasks.records import DIMENSION, Completions, Counts, Prompt, Rewards, rewards_schema
 from tasks.samples import Held, Mask, cover, existing, rows_of, wanted_of
 from tasks.sections import ScoreConfig, ScorerConfig
 from tasks.store import Store
@@ -63,10 +65,12 @@ def score(
     todo = sum(item["samples"] for items in missing.values() for item in items)
     meter = Meter(report, "score", total, "rewards", reused=total - todo)
     totals: Counter[str] = Counter()
+    spent: defaultdict[str, Counter[str]] = defaultdict(Counter)
     rated: dict[str, int] = {}  # files that were made now, with a reward for every completion, and how many
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
-        totals.update({key: counts[key] for key in ("requests", "samples", "tokens", "engine_starts")})
+        totals["tokens"] += counts["tokens"]
+        spent[name].update({key: counts[key] for key in ("samples", "tokens", "held_seconds")})
         rated.update({counts["file"]: counts["samples"]} if counts["file"] and not counts["missing"] else {})
         totals[f"missing from {name}"] += counts["missing"]
         check_missing(config, name, totals[f"missing from {name}"], in_files, counts["example"])
@@ -74,26 +78,25 @@ def score(
         meter.add(counts["finished"], note)
 
     pools = [
-        Pool(ScoreWorker, (s, fingerprints[s.name], store.url), missing[s.name], s, partial(on_done, s.name))
+        Pool("score", ScoreWorker, (s, fingerprints[s.name], store.url), missing[s.name], s, partial(on_done, s.name))
         for s in scorers
         if missing[s.name]
     ]
     try:
-        engine_seconds = run_pools(pools, address)
+        work = run_pools(pools, address)
         counts = _count(config, fingerprints, wanted, store, rated)
     except TooManyMissing:
         settled(lambda: _forget(scorers, fingerprints, files, store))
         raise
+    for name, took in spent.items():
+        speed = Speed(took["samples"], took["tokens"], took["held_seconds"])
+        remember_speed(store, "score", fingerprints[name], speed)
     made = sum(map(len, missing.values()))
-    work = Work(
+    work = replace(
+        work,
         shards_made=made,
         shards_reused=len(files) * len(config.scorers) - made,
-        engine_starts=totals["engine_starts"],
-        requests=totals["requests"],
-        samples=totals["samples"],
-        tokens=totals["tokens"],
         seconds=time.monotonic() - started,
-        engine_seconds=engine_seconds,
     )
     return Rewards(completions, fingerprints, counts, work)
 
@@ -105,12 +108,13 @@ class ScoreWorker:
         self.store = Store(store_url)
         self.config, self.fingerprint = config, fingerprint
         faults = Faults(self.store, run)
+        self.loop: EngineLoop | None = None
         if config.type == "function":
             self.function = models.load_function(config)
         elif config.type == "judge":
             model = config.model if config.engine == "openai" else models.local(config.model, self.store)
-            loop = EngineLoop(judge_engine(config, model), faults, config.deadline)
-            self.judge = Judge(config.judge, fingerprint, loop)
+            self.loop = EngineLoop(judge_engine(config, model), faults, config.deadline)
+            self.judge = Judge(config.judge, fingerprint, self.loop)
         else:
             engine = reward_engine(config, models.local(config.model, self.store))
             self.loop = EngineLoop(engine, faults, config.deadline)
@@ -119,7 +123,7 @@ class ScoreWorker:
         held = Held(item["first"], item["last"], item.get("part", ""))
         path = _path(self.config, self.fingerprint, item)
         if await asyncio.to_thread(self.store.exists, path):  # by a process that died afterwards, or by another run
-            nothing = dict.fromkeys(("requests", "samples", "tokens", "missing"), 0)
+            nothing = dict.fromkeys(("requests", "samples", "tokens", "paid_tokens", "retries", "missing"), 0)
             return {**nothing, "finished": item["samples"], "example": "", "file": ""}
         source = completions_path(item["generator"], item["prompts"], held)
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held)
@@ -143,6 +147,8 @@ class ScoreWorker:
             "requests": requests,
             "samples": len(outcomes),
             "tokens": tokens,
+            "paid_tokens": tokens if self.config.engine == "openai" else 0,
+            "retries": self.loop.retries() if self.loop else 0,
             "finished": item["samples"],  # with those of refused prompts, of which there are none
             "missing": len(reasons),
             "example": reasons[0] if reasons else "",
@@ -151,6 +157,7 @@ class ScoreWorker:
 
     async def _by_model(self, rows: list[dict[str, Any]], places: list[tuple[int, str]]) -> list[float | str]:
         requests = [ScoringRequest(rows[row]["messages"], text) for row, text in places]
+        assert self.loop
         answers = await self.loop.answers(requests)
         return [answer.reason if isinstance(answer, Refused) else _finite(answer) for answer in answers]
 

@@ -28,6 +28,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class PricesConfig(Section):
+    """What the work is paid by. Decides nothing but what reports say of costs."""
+
+    gpu_hour: float = Field(0.0, ge=0, description="Of one GPU for an hour, whether it is busy or not.")
+    million_tokens: float = Field(
+        0.0, ge=0, description="Of a million tokens of judges behind endpoints, prompts and replies alike."
+    )
+    currency: str = Field("USD", pattern=r"^[A-Za-z]{1,8}$", description="Of both prices.")
+
+
 class ColumnsConfig(Section):
     prompt: str = Field("prompt", description="Column with the prompt: a text, or a list of chat messages.")
     source: str = Field("source", description="Column that says where a row comes from. May be absent.")
@@ -307,7 +317,8 @@ class ScorerConfig(ModelConfig):
         "reward_model", description="A model's logit, your function, or a language model's ratings."
     )
     engine: Literal["transformers", "vllm", "openai", "fake"] = Field(
-        "transformers", description="Runs the model. A judge's is openai where it has a base_url, else vllm."
+        "transformers",
+        description="Runs the model. Left out, it is transformers; a judge's is openai with a base_url, else vllm.",
     )
     function: str = Field("", description="package.module:name or path/to/file.py:name, called as f(prompt, text).")
     judge: JudgeConfig = Field(JudgeConfig(), description="What a judge is asked, type judge only.")

@@ -46,13 +46,20 @@ def train(config: TrainConfig, store: Store, report: Report = silent) -> Version
     finally:
         ray.kill(worker)  # also when whoever waits is interrupted: nobody else knows of it
     made = find_version(store, f"{config.name}@{name}", kind="policies")
-    return Version(made.name, made.version, made.counts, Work(seconds=time.monotonic() - started), "policies")
+    seconds = time.monotonic() - started
+    work = Work(seconds=seconds, gpu_seconds=seconds * gpus(config.policy))
+    return Version(made.name, made.version, made.counts, work, "policies")
 
 
 def pinned(config: TrainConfig, store: Store) -> TrainConfig:
     """The same training with nothing left to resolve."""
     policy = models.pinned("policy.model", config.policy, store)
     return config.model_copy(update={"policy": policy, "subset": str(find_version(store, config.subset))})
+
+
+def gpus(policy: PolicyConfig) -> float:
+    """That a training holds."""
+    return policy.gpus * policy.workers
 
 
 def resources(policy: PolicyConfig) -> dict[str, float]:

@@ -14,7 +14,8 @@ import platform
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version as installed
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ from tasks.store import Store, inside, sealed, to_json
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # of a control: its subset's, and what it is
 _VERSION = re.compile(r"[0-9a-f]{0,64}")
 _SOFTWARE = ("prefsieve", "pyarrow", "torch", "transformers", "trl", "ray", "prefect")
+
+
+def installed(package: str) -> str | None:
+    """A package's version, None where it is not installed: not every machine trains."""
+    try:
+        return installed_version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def publish_folder(store: Store, kind: str, name: str, folder: Path, content: dict[str, Any]) -> Version:
@@ -41,7 +50,10 @@ def publish_folder(store: Store, kind: str, name: str, folder: Path, content: di
     manifest = {
         "version": version.version,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "software": {"python": platform.python_version(), **{package: installed(package) for package in _SOFTWARE}},
+        "software": {
+            "python": platform.python_version(),
+            **{package: found for package in _SOFTWARE if (found := installed(package))},
+        },
         "content": content,
     }
     store.create_json(f"{version.place}/manifest.json", manifest)

@@ -37,6 +37,8 @@ class EngineLoop:
         """deadline: seconds that one step of the engine may take."""
         self.engine, self.faults, self.deadline = engine, faults, deadline
         self.requests = 0
+        self._told = 0  # of the requests that were asked again
+        self._again = 0  # requests that an engine died over before, or beside
         self.moved = time.monotonic()
         self.dead = ""  # why, once the engine is
         self._turn = asyncio.Lock()  # of handing in, and of all that is asked alone
@@ -56,6 +58,7 @@ class EngineLoop:
         died = len(notes) > 1
         async with self._turn:
             if died:
+                self._again += len(requests)
                 while self._waiting:
                     await asyncio.sleep(_LOOK)
                 found = [await self._alone(request, self.faults) for request in requests]
@@ -104,6 +107,12 @@ class EngineLoop:
         else:
             future.set_result([])
         return future
+
+    def retries(self) -> int:
+        """Requests that were asked again, since this was called last."""
+        again = self._again + getattr(self.engine, "retries", 0)
+        new, self._told = again - self._told, again
+        return new
 
     def close(self) -> None:
         self._inbox.put(None)

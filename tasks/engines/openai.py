@@ -49,6 +49,7 @@ class OpenAIJudge:
         self.client = AsyncOpenAI(**_connection(config, self.key), timeout=None)
         self.slots = asyncio.Semaphore(config.judge.concurrency)
         self.answered = 0
+        self.retries = 0
         self.done: queue.SimpleQueue[tuple[int, Reply | Refused | BaseException]] = queue.SimpleQueue()
         self.running: set[asyncio.Task[None]] = set()
         self.loop = asyncio.new_event_loop()
@@ -115,6 +116,7 @@ class OpenAIJudge:
                 self.answered += 1
                 return Refused(f"refused: {self._said(fault)}")
             if number + 1 < tries:
+                self.retries += 1
                 await asyncio.sleep(_pause(fault, number))
         why = f"{self._said(fault)}, {tries} times"
         if status != 429 and not isinstance(fault, APIConnectionError) and self.answered > answered:

@@ -66,7 +66,7 @@ def _blocks(rewards: Floats, scale: float) -> Iterator[tuple[slice, NDArray[np.b
     rewards = np.asarray(rewards, dtype=np.float64)
     for start in range(0, len(rewards), BLOCK):
         block = slice(start, start + BLOCK)
-        values = np.ascontiguousarray(rewards[block].T)
+        values = np.array(rewards[block].T, order="C")  # a copy, also where one prompt is contiguous either way
         known = np.isfinite(values)
         values[~known] = np.nan
         yield block, known, *_block_sums(values, scale)
