@@ -1,6 +1,8 @@
 # make demo    the whole way on a small real world, on this machine
 # make test    all tests that belong to every change (make check: format, lint, types)
-# make test-faults   processes, nodes and servers that fail while a run goes on; about 20 minutes
+# make test-faults   processes, nodes and servers that fail while a run goes on; a quarter of an hour
+# make test-ui   the Prefect UI in Chromium: its form, a run, what it shows, what it refuses; a few minutes
+# make docs    docs/ as a site, in site/
 #
 # Everything runs in .venv, which is set up by itself, once, and again when the pins change. On a machine with NVIDIA
 # GPUs: make setup ENGINE=gpu. Set PIP_FIND_LINKS to a folder of wheels to install from it first.
@@ -12,9 +14,9 @@ BIN := .venv/bin
 READY := .venv/.ready-$(ENGINE)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export RAY_USAGE_STATS_ENABLED := 0
-INSTALL := $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[$(ENGINE),dev]'
+INSTALL := $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[$(ENGINE),dev,docs]'
 
-.PHONY: demo test test-faults check setup format clean
+.PHONY: demo test test-faults test-ui check docs setup format clean
 
 demo: setup
 	@$(BIN)/prefsieve demo
@@ -24,16 +26,25 @@ demo: setup
 test: setup
 	@$(BIN)/python -m examples.tinyworld.build --out .prefsieve/tinyworld >/dev/null 2>&1 & \
 	echo "pytest, in two processes: all but vLLM, then vLLM" && \
-	$(BIN)/python -m pytest --ignore=tests/test_vllm.py --ignore=tests/faults
+	$(BIN)/python -m pytest --ignore=tests/test_vllm.py --ignore=tests/faults --ignore=tests/ui
 	$(BIN)/python -m pytest tests/test_vllm.py
 
 test-faults: setup
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults --numprocesses 2 --dist loadfile
+
+test-ui: setup
+	@command -v chromium >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq --no-install-recommends chromium >/dev/null; } || \
+		{ echo "make test-ui needs chromium on PATH; on Debian, as root: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pytest tests/ui
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy flows tasks
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -55,4 +66,4 @@ endif
 	@rm -f .venv/.ready-* && touch $@
 
 clean:
-	rm -rf .venv .prefsieve
+	rm -rf .venv .prefsieve site

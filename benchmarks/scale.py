@@ -146,11 +146,14 @@ def measured(folder: Path, prompts: int, shard_size: int) -> dict[str, Any]:
     }
 
 
-def requested(folder: Path, shards: int, shard_size: int = 16) -> dict[str, Any]:
-    """Requests of a run with so many shards, of a few prompts each, to a real S3 server, by place and kind."""
+def requested(folder: Path, shards: int, shard_size: int = 16, **more: str) -> dict[str, Any]:
+    """Requests of a run with so many shards, of a few prompts each, to a real S3 server, by place and kind.
+
+    more: for the run's environment.
+    """
     found: dict[str, Any] = {"shards": shards}
     with seaweedfs(folder / "s3") as server, proxy(server.endpoint) as between:
-        env = {**server.environment(), "AWS_ENDPOINT_URL": between.url}
+        env = {**server.environment(), **more, "AWS_ENDPOINT_URL": between.url}
         for which in ("first", "again"):
             between.seen.clear()
             curated(folder / which, f"s3://{server.bucket}/store", shards * shard_size, shard_size, **env)

@@ -42,7 +42,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.config import CurateConfig
+from tasks.costs import cost_of
 from tasks.records import Completions, Pairs, PromptSet, Rewards, Selection, Version
+from tasks.sections import PricesConfig
 from tasks.store import Store
 from tests.services import ROOT, prefect_server
 
@@ -73,6 +75,9 @@ def generator(name: str = "policy", **changes: Any) -> dict[str, Any]:
 
 def scorer(name: str = "reward", **changes: Any) -> dict[str, Any]:
     return {"name": name, "engine": "fake", **changes}
+
+
+NO_COST = cost_of([], {}, PricesConfig())  # of a run that asked no engine
 
 
 def curate_values(source: Path | str, **changes: Any) -> dict[str, Any]:

@@ -65,16 +65,51 @@ def free_ports(count: int, twin: int = 0) -> list[int]:
 
 
 @contextlib.contextmanager
-def prefect_server(folder: Path) -> Iterator[str]:
-    """A Prefect server on SQLite; yields its API's URL."""
+def prefect_server(folder: Path, database: str = "") -> Iterator[str]:
+    """A Prefect server; yields its API's URL. database: its URL, empty for SQLite."""
     folder.mkdir(parents=True, exist_ok=True)
     [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}/api"
     env = environment(PREFECT_HOME=str(folder), PREFECT_API_URL=url, PREFECT_SERVER_LOGGING_LEVEL="WARNING")
+    if database:
+        env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with _running("prefect server", command, env, folder) as check:
         _wait("prefect server", lambda: _answers(f"{url}/health"), check)
         yield url
+
+
+def postgresql_programs() -> Path | None:
+    """Where Debian's package has put the newest one's."""
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None, key=lambda path: int(path.parent.name))
+
+
+@contextlib.contextmanager
+def postgresql() -> Iterator[str]:
+    """A PostgreSQL server; yields the URL of a database, as Prefect takes it."""
+    programs, [port] = postgresql_programs(), free_ports(1)
+    assert programs
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as place:
+        folder, word = Path(place), Path(place, "password")
+        word.write_text(secrets.token_hex(16))
+        user: list[str | Path] = []
+        if os.geteuid() == 0:  # which it refuses to run as
+            user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+            shutil.chown(folder, "postgres")
+            shutil.chown(word, "postgres")
+        data = ["-D", folder / "data"]
+        make = [programs / "initdb", *data, "--username=prefect", f"--pwfile={word}", "--auth=scram-sha-256"]
+        subprocess.run([*user, *make], check=True, capture_output=True, cwd=folder)
+        serve = [*user, programs / "postgres", *data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
+        command, env = [str(part) for part in serve], {"PATH": os.environ["PATH"]}
+        with _running("postgresql", command, env, folder, folder, signal.SIGINT) as check:
+            _wait("postgresql", lambda: _listens(port), check)
+            yield f"postgresql+asyncpg://prefect:{word.read_text()}@127.0.0.1:{port}/postgres"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager
@@ -194,6 +229,7 @@ class RayHead:
     address: str  # of the dashboard and its jobs API
     token: str = field(repr=False)
     gcs: str  # HOST:PORT that nodes and drivers join
+    metrics: str = ""  # for Prometheus
 
     @property
     def environment(self) -> dict[str, str]:
@@ -202,20 +238,26 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_head(folder: Path, cpus: int = 4, **extra: str) -> Iterator[RayHead]:
+def ray_head(folder: Path, cpus: int = 4, gpus: int = 0, **extra: str) -> Iterator[RayHead]:
     """`ray start --head` with token authentication, its own ports and its own session folder.
 
+    gpus: what Ray is told; nobody looks for them before something runs on one.
     `extra` is the cluster's environment: its credentials and servers, which a job inherits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
-    head = RayHead(f"http://127.0.0.1:{dashboard}", secrets.token_hex(32), f"127.0.0.1:{gcs}")
+    head = RayHead(
+        f"http://127.0.0.1:{dashboard}",
+        secrets.token_hex(32),
+        f"127.0.0.1:{gcs}",
+        f"http://127.0.0.1:{metrics}/metrics",
+    )
     # Ray's socket paths must stay under 107 characters, which pytest's folders do not leave room for.
     session = Path(tempfile.mkdtemp(prefix="psray", dir="/tmp"))
     env = environment(PREFECT_HOME=str(folder / "prefect"), **head.environment, **extra)
     command = [
         *(str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={session}"),
-        *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--num-cpus={cpus}", "--num-gpus=0"),
+        *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"),
         *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
         *(f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}"),

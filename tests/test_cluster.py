@@ -18,6 +18,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 
 from tasks.cluster import Pool, check_room, disconnecting, nodes_of, run_pools
 from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
+from tasks.records import Work
 from tasks.sections import GeneratorConfig
 
 ONE = GeneratorConfig(name="one", engine="fake")
@@ -52,9 +53,9 @@ def test_pools_run_side_by_side_and_every_answer_arrives(local_ray: Any, tmp_pat
         def on_done(answer: dict[str, Any]) -> None:
             answers.append((me, answer["item"], answer["met"]))
 
-        return Pool(Meeting, (str(tmp_path), me, other), [{"item": 1}, {"item": 2}], ONE, on_done)
+        return Pool("test", Meeting, (str(tmp_path), me, other), [{"item": 1}, {"item": 2}], ONE, on_done)
 
-    assert run_pools([pool("a", "b"), pool("b", "a")]) >= 0
+    assert run_pools([pool("a", "b"), pool("b", "a")]).engine_seconds >= 0
     assert sorted(answers) == [("a", 1, True), ("a", 2, True), ("b", 1, True), ("b", 2, True)]
 
 
@@ -69,7 +70,7 @@ def test_what_fails_in_a_worker_is_said_and_only_the_network_is_worth_another_tr
     local_ray: Any, raised: Exception, kind: type[Exception], said: str
 ) -> None:
     with pytest.raises(RunError, match=said) as caught:
-        run_pools([Pool(Failing, (raised,), [{"item": 1}], ONE, lambda answer: None)])
+        run_pools([Pool("test", Failing, (raised,), [{"item": 1}], ONE, lambda answer: None)])
     assert type(caught.value) is kind
 
 
@@ -102,7 +103,9 @@ class FailingBeside(Failing):
 
 def test_nothing_of_a_failed_run_goes_on_beside_the_next_try(local_ray: Any, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    pools = [Pool(kind, (str(trace),), [{"item": 1}], ONE, lambda answer: None) for kind in (Beating, FailingBeside)]
+    pools = [
+        Pool("test", kind, (str(trace),), [{"item": 1}], ONE, lambda answer: None) for kind in (Beating, FailingBeside)
+    ]
     with pytest.raises(RunError, match="bad shape"):
         run_pools(pools)
     time.sleep(1)  # a kill takes a moment to arrive
@@ -145,7 +148,7 @@ def test_a_network_fault_is_told_from_others(error: Exception, worth_another_try
 
 
 def test_no_pools_need_no_ray() -> None:
-    assert run_pools([]) == 0
+    assert run_pools([]) == Work()
 
 
 def test_the_outermost_block_leaves_ray_and_only_if_it_was_not_there_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import doctest
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +21,31 @@ from tasks.config import METRICS, Control, CurateConfig, EvaluateConfig
 from tasks.forms import form_of, understand
 from tasks.sections import ImportConfig
 from tasks.selection.pairing import REASONS
-from tests.services import ROOT
+from tests.services import ROOT, environment
 from tests.test_explained import on_screen
 
 GUIDE = ROOT / "docs" / "selection.md"
 TEXT = GUIDE.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+BLOCK = r"```(\w+)\n(.*?)```(?=\n)"
+BLOCKS = re.findall(BLOCK, TEXT, re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "infra" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGURATIONS = [yaml.safe_load(content) for kind, content in BLOCKS if kind == "yaml"]
 
 
-def test_every_number_of_the_guides_examples_is_what_the_code_computes() -> None:
-    program = "".join(content for kind, content in BLOCKS if kind == "python")
-    examples = doctest.DocTestParser().get_doctest(program, {}, "selection.md", str(GUIDE), 0)
-    assert len(examples.examples) > 60
+@pytest.mark.parametrize(("page", "least"), [("selection.md", 60), ("evaluation.md", 15), ("faq.md", 10)])
+def test_every_number_of_a_pages_examples_is_what_the_code_computes(page: str, least: int) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    program = "".join(content for kind, content in re.findall(BLOCK, text, re.DOTALL) if kind == "python")
+    examples = doctest.DocTestParser().get_doctest(program, {}, page, page, 0)
+    assert len(examples.examples) > least
     said: list[str] = []
     result = doctest.DocTestRunner(verbose=False).run(examples, out=said.append)
     assert not result.failed, "".join(said)
 
 
-def test_every_number_of_the_evaluation_guide_is_what_the_code_computes_and_its_configuration_is_accepted() -> None:
+def test_what_the_evaluation_guide_says_of_a_leaderboard_was_measured_and_its_configuration_is_accepted() -> None:
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(\w+)\n(.*?)```(?=\n)", text, re.DOTALL | re.MULTILINE)
-    program = "".join(content for kind, content in blocks if kind == "python")
-    examples = doctest.DocTestParser().get_doctest(program, {}, "evaluation.md", "evaluation.md", 0)
-    assert len(examples.examples) > 15
-    said: list[str] = []
-    result = doctest.DocTestRunner(verbose=False).run(examples, out=said.append)
-    assert not result.failed, "".join(said)
+    blocks = re.findall(BLOCK, text, re.DOTALL)
     [configuration] = [yaml.safe_load(content) for kind, content in blocks if kind == "yaml"]
     assert set(configuration) <= set(EvaluateConfig.model_validate(configuration).model_dump())
     shown = json.loads((ROOT / "benchmarks" / "results" / "leaderboard.json").read_text())
@@ -110,11 +110,55 @@ def test_every_metric_rule_reason_and_control_is_in_the_guide() -> None:
         assert reason in " ".join(TEXT.split()), reason
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
-def test_every_link_to_a_file_leads_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as git hosts make them; those of equal headings are not told apart."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#{1,6} (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_to_a_heading_of_it(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
-            assert (path.parent / target).exists(), target
+            file, _, anchor = target.partition("#")
+            page = path.parent / file if file else path
+            assert page.exists(), target
+            assert not anchor or anchor in anchors(page), target
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    found, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        for target in re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8")):
+            linked = (page.parent / target).resolve()
+            if "://" not in target and linked not in found:
+                found.add(linked)
+                ahead.append(linked)
+    assert {page.resolve() for page in PAGES} <= {*found, ROOT / "README.md"}
+
+
+@pytest.mark.parametrize("repository", ["", "https://git.example.com/team/prefsieve"])
+def test_the_site_builds_strictly_loads_nothing_from_elsewhere_and_has_whole_lists(
+    repository: str, tmp_path: Path
+) -> None:
+    """Where a repository is named, links to what lies outside docs/ lead there, else its path is told."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    env = environment(REPO_URL=repository, NO_MKDOCS_2_WARNING="1")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    pages = {page.relative_to(tmp_path / "site"): page.read_text() for page in (tmp_path / "site").rglob("*.html")}
+    assert len(pages) > len(PAGES) - 3
+    for name, page in pages.items():
+        loaded = re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="?(https?://[^\s">]+)', page)
+        assert not [url for url in loaded if not repository or not url.startswith(repository)], name
+        assert not re.search(r"<p>[^<]*\n(?:- |\d+\. |\| )", page), (
+            f"{name}: a list or table without an empty line before it"
+        )
+    guide = pages[Path("reliability.html")]
+    result = "benchmarks/results/scale.json"
+    assert (f'<a href="{repository}/blob/main/{result}">' if repository else f"(<code>{result}</code>)") in guide
 
 
 def test_the_readmes_configuration_is_one_that_curate_takes(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tasks.score import TooManyMissing, score
 from tasks.selection.lengthcontrol import length_controlled
 from tasks.selection.style import markdown_counts
 from tasks.store import Store
-from tests.conftest import copy_store, files_below, prompts, write_jsonl
+from tests.conftest import NO_COST, copy_store, files_below, prompts, write_jsonl
 from tests.services import JudgeEndpoint, environment, judge_endpoint, prefsieve
 
 KEY = os.environ["JUDGE_KEY"]
@@ -132,7 +132,7 @@ def test_few_prompts_have_a_raw_rate_and_no_controlled_one(local_ray: Any, tmp_p
     found, *_ = compare(config, generate(config.generate, ingest(config.ingest, store), store))
     for result in found["scorers"].values():
         assert result["win_rate"] is not None and result["length_controlled"] is None
-    assert "too few prompts" in evaluate_markdown(found)
+    assert "too few prompts" in evaluate_markdown({**found, "cost": NO_COST})
 
 
 def test_a_difficulty_that_is_no_number_or_is_not_kept_is_told(made: Any, place: Path) -> None:
@@ -229,7 +229,7 @@ def test_the_fake_judge_prefers_the_better_policy_and_strong_verdicts_show(made:
     assert three["judge"]["shown_first"]["much_better"] == 0 < five["judge"]["shown_first"]["much_better"]
     low, score_, high = (five["arena"][name] for name in ("low", "score", "high"))
     assert low < score_ < high and five["arena"]["games"] == 2 * PROMPTS * SAMPLES
-    shown = evaluate_markdown({**found, "store": "x", "stages": []})
+    shown = evaluate_markdown({**found, "store": "x", "stages": [], "cost": NO_COST})
     assert "Arena score" in shown and "LC win rate" in shown and "Both orders agree in 100.0 %" in shown
 
 

@@ -34,7 +34,17 @@ from tasks.score import score
 from tasks.store import Store
 from tasks.train import train
 from tasks.versions import read_manifest
-from tests.conftest import Curated, TinyModels, copy_store, curate_values, files_below, prompts, scorer, write_jsonl
+from tests.conftest import (
+    NO_COST,
+    Curated,
+    TinyModels,
+    copy_store,
+    curate_values,
+    files_below,
+    prompts,
+    scorer,
+    write_jsonl,
+)
 from tests.services import ROOT, environment
 
 TRAIN = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 4, "max_length": 256, "learning_rate": 1e-3}
@@ -366,7 +376,8 @@ def test_the_report_stands_alone_and_holds_what_was_found(finished: tuple[Store,
     manifest = store.read_json(f"{ran.place}/manifest.json")
     assert set(manifest["cells"].values()) == {str(version) for version in ran.policies.versions.values()}
     assert store.read_json(f"{ran.place}/results.json") == ran.result
-    shown = experiment_markdown({**ran.result, "costs": ran.costs, "version": "small@0", "place": "there"})
+    about = {"costs": ran.costs, "cost": NO_COST, "version": "small@0", "place": "there"}
+    shown = experiment_markdown({**ran.result, **about})
     assert shown.startswith(text)
 
 

@@ -31,7 +31,7 @@ from tasks.publish import publish
 from tasks.records import Pairs, Selection, Version, digest
 from tasks.store import Store
 from tasks.subset import subset
-from tests.conftest import copy_store, write_jsonl
+from tests.conftest import NO_COST, copy_store, write_jsonl
 from tests.services import ROOT
 
 
@@ -147,6 +147,7 @@ def test_the_report_of_a_run_says_what_each_subset_takes_shares_and_drops(long: 
         "subsets": [reporting.subset_row(long.store, version) for version in long.versions.values()],
         "overlap": overlap(long.selections, long.store),
         "stages": rows,
+        "cost": NO_COST,
     }
     shown = on_screen(markdown.curate_markdown(report))
     for version in long.versions.values():

@@ -16,7 +16,7 @@ from tasks.config import EvaluateConfig, HarnessConfig
 from tasks.errors import ConfigError
 from tasks.harness import harness, harness_found
 from tasks.store import Store
-from tests.conftest import TinyModels, files_below, generator, prompts, scorer, write_jsonl
+from tests.conftest import NO_COST, TinyModels, files_below, generator, prompts, scorer, write_jsonl
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed: install prefsieve[harness]"
@@ -94,7 +94,7 @@ def test_both_models_are_run_on_ones_own_tasks_and_a_rerun_runs_nothing(
     json.dumps(found, allow_nan=False)
     report = {"policy": "p", "reference": "r", "prompts": 2, "samples": 1, "scorers": {}, "harness": found}
     report["mean_tokens"] = {"policy": 1.0, "reference": 1.0}
-    assert "## Tasks of lm_eval 0.4.13" in evaluate_markdown(report)
+    assert "## Tasks of lm_eval 0.4.13" in evaluate_markdown({**report, "cost": NO_COST})
 
 
 @installed

@@ -1,80 +1,31 @@
-"""What is shipped to run elsewhere: the image, and the Kubernetes manifests with what no schema sees of them."""
+"""The Kubernetes manifests, with what no schema sees of them."""
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import gzip
 import json
 import re
-import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import promql_parser
 import pytest
 import yaml
 
 from flows.cli import parse
+from tasks.cluster import COUNTED
 from tests.services import ROOT
+from tests.test_docker import IMAGES, is_pinned, pins
 
 INFRA = ROOT / "infra"
 README = INFRA / "README.md"
 MANIFESTS = sorted(path for path in INFRA.rglob("*.yaml") if path.name != "kustomization.yaml")
 SCHEMAS = ROOT / "tests" / "schemas"
 COMPONENT = "app.kubernetes.io/component"  # the label by which everything here tells pods apart
-DOCKERFILES = sorted((ROOT / "docker").rglob("*Dockerfile*"))
-INSTRUCTIONS = {
-    *("ADD", "ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "EXPOSE", "FROM", "HEALTHCHECK"),
-    *("LABEL", "ONBUILD", "RUN", "SHELL", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR"),
-}
-
-
-# --- the image
-
-
-@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_dockerfile_is_valid_pinned_and_does_not_run_as_root(path: Path) -> None:
-    lines = _instructions(path)
-    words = [word for word, _ in lines]
-    assert set(words) <= INSTRUCTIONS
-    assert words[0] in ("FROM", "ARG")
-    stages: set[str] = set()
-    for word, rest in lines:
-        if word == "FROM":
-            image, *alias = rest.split()
-            assert image in stages or _is_pinned(image), f"FROM {image}: name a version"
-            stages |= set(alias[1:])
-    last_stage = lines[len(words) - 1 - words[::-1].index("FROM") :]
-    user = [rest for word, rest in last_stage if word == "USER"][-1]
-    assert user.split(":")[0] not in ("root", "0")
-    assert user.split(":")[0].isdigit(), "by number, or Kubernetes cannot tell that it is not root"
-    assert ("ENTRYPOINT", '["prefsieve"]') in last_stage
-    assert "HEALTHCHECK" in [word for word, _ in last_stage]
-
-
-@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_everything_that_the_dockerfile_copies_is_in_the_build_context(path: Path) -> None:
-    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    for word, rest in _instructions(path):
-        options = [part for part in shlex.split(rest) if part.startswith("--")]
-        if word not in ("COPY", "ADD") or any(option.startswith("--from=") for option in options):
-            continue
-        *sources, _ = [part for part in shlex.split(rest) if not part.startswith("--")]
-        for source in sources:
-            assert list(ROOT.glob(source)), f"{source} is not in the repository"
-            assert any(fnmatch.fnmatch(source, pattern) for pattern in allowed), f".dockerignore leaves out {source}"
-
-
-def test_the_image_installs_pinned_versions() -> None:
-    text = (ROOT / "docker" / "Dockerfile").read_text()
-    assert "--constraints constraints.txt" in text
-    assert ":latest" not in text
-
-
-# --- Kubernetes
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
@@ -152,12 +103,12 @@ def test_images_are_of_this_version_and_of_the_prefect_that_is_installed() -> No
     for pod in _pods():
         for container in pod["spec"]["containers"]:
             image, _, tag = container["image"].rpartition(":")
-            assert _is_pinned(container["image"])
-            if image.endswith("/prefsieve"):
-                assert tag.rpartition("-")[0] == version
-                assert "args" not in container or "command" in container, "the image's entry point is prefsieve itself"
+            assert is_pinned(container["image"])
+            if image.startswith("registry.example.com/"):
+                assert image.rpartition("/")[2] in IMAGES
+                assert tag.partition("-")[0] == version
             elif image == "prefecthq/prefect":
-                assert tag.split("-")[0] == _pins()["prefect"]
+                assert tag.split("-")[0] == pins()["prefect"]
 
 
 def test_every_name_that_is_referred_to_is_defined_or_is_for_the_reader_to_make() -> None:
@@ -203,7 +154,8 @@ def test_services_and_their_addresses_lead_to_a_port_that_a_pod_opens(monkeypatc
     [head] = _selected({COMPONENT: "ray-head"})[:1]
     ports[f"{cluster['metadata']['name']}-head-svc"] = _ports([head])["dashboard"]  # made by KubeRay
     texts = "".join(path.read_text() for path in [README, *MANIFESTS])
-    assert {(host, int(port)) for host, port in re.findall(r"(prefsieve-[\w-]+):(\d+)", texts)} <= set(ports.items())
+    addresses = re.findall(r"(prefsieve-[\w-]+):(\d+)(?!\.\d)", texts)  # tags of images have a dot
+    assert {(host, int(port)) for host, port in addresses} <= set(ports.items())
     for name, value in _settings("prefect-server"):
         monkeypatch.setenv(name, value or "secret")
     address = Settings().server.database.connection_url.get_secret_value()
@@ -241,6 +193,29 @@ def test_prometheus_may_reach_what_it_is_told_to_scrape() -> None:
             assert int(group["rayStartParams"]["metrics-export-port"]) == _ports([group["template"]])["metrics"]
 
 
+def test_every_panel_of_the_dashboard_asks_in_promql_for_series_that_there_are() -> None:
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    counted = [f"ray_prefsieve_{name}_total" for name in (*COUNTED, "shards_done", "dropped", "cost")]
+    known = {*counted, "ray_prefsieve_shards", "ray_prefsieve_shards_open", *(f"ray_{name}" for name in METRICS_GAUGES)}
+    board = json.loads((INFRA / "monitoring" / "dashboard.json").read_text())
+    given = {"__rate_interval": "1m", "__range": "6h", "gpu_hour": "1", "million_tokens": "1"}
+    asked = set()
+    for panel in board["panels"]:
+        assert panel["title"] and panel["description"]
+        for target in panel["targets"]:
+            query = re.sub(r"\$(\w+)", lambda found: given.get(found[1], "x"), target["expr"])
+            promql_parser.parse(query)
+            asked |= set(re.findall(r"\bray_\w+", query))
+    assert asked <= known
+    assert {*counted, "ray_prefsieve_shards_open"} - asked <= {
+        "ray_prefsieve_requests_total",
+        "ray_prefsieve_engine_starts_total",
+    }
+    variables = {variable["name"] for variable in board["templating"]["list"]}
+    assert set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(board["panels"]))) <= variables
+
+
 def test_ray_clusters_ask_for_a_token_hold_no_secret_and_do_not_run_as_root() -> None:
     for spec in _cluster_specs():
         assert spec["authOptions"] == {"mode": "token", "secretName": "prefsieve-ray-auth"}
@@ -248,7 +223,7 @@ def test_ray_clusters_ask_for_a_token_hold_no_secret_and_do_not_run_as_root() ->
             pod = group["template"]["spec"]
             assert pod["securityContext"]["runAsNonRoot"]
             for container in pod["containers"]:
-                assert _is_pinned(container["image"])
+                assert is_pinned(container["image"])
                 assert {"secretRef": {"name": "prefsieve-store"}} in container["envFrom"]
                 assert not [variable for variable in container.get("env", []) if "SECRET" in variable["name"]]
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -271,7 +246,7 @@ def test_a_run_is_told_what_the_cluster_may_grow_to() -> None:
 
 
 def test_ray_in_the_manifests_is_the_ray_that_is_installed() -> None:
-    assert {str(spec["rayVersion"]) for spec in _cluster_specs()} == {_pins()["ray"]}
+    assert {str(spec["rayVersion"]) for spec in _cluster_specs()} == {pins()["ray"]}
 
 
 def test_the_jobs_cluster_is_the_cluster_with_the_configuration_mounted() -> None:
@@ -295,21 +270,6 @@ def test_the_jobs_configuration_is_one_that_curate_takes_and_fits_the_workers() 
 
 
 # --- readers
-
-
-def _instructions(path: Path) -> list[tuple[str, str]]:
-    """(instruction, rest) with continued lines joined and comments left out, also those inside an instruction."""
-    kept = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    joined = "\n".join(kept).replace("\\\n", " ")
-    parts = [line.strip().split(None, 1) for line in joined.splitlines()]
-    return [(word, " ".join(rest.split())) for word, rest in parts]
-
-
-def _is_pinned(image: str) -> bool:
-    if "@sha256:" in image:
-        return True
-    tag = image.rsplit("/", 1)[-1].partition(":")[2]
-    return tag not in ("", "latest") and "." in tag
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
@@ -405,10 +365,6 @@ def _fields(part: Any) -> Iterator[tuple[str, Any]]:
         yield from part.items()
     for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else []:
         yield from _fields(inner)
-
-
-def _pins() -> dict[str, str]:
-    return dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
 
 
 def _validate(document: dict[str, Any]) -> None:

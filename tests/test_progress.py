@@ -1,10 +1,21 @@
-"""Progress: rates that leave the start of engines out, and times that a person can read."""
+"""Progress: rates that leave the start of engines out, times that a person can read, and where they are shown."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import yaml
 
 from tasks.progress import Meter, Progress, duration, silent
+from tests.conftest import curate_values, generator, prompts, write_jsonl
+from tests.services import ROOT, environment, prefsieve
 
 
 class Clock:
@@ -90,3 +101,30 @@ def test_durations_read_well(seconds: float, words: str) -> None:
 
 def test_reporting_to_nobody_is_possible() -> None:
     Meter(silent, "pair", 1, "prompts").add(1)
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(prefect_api: str, tmp_path: Path) -> None:
+    """A real terminal, and the same run again with its log in a file."""
+    (tmp_path / "faults.json").write_text(json.dumps({"": "sleep 0.1"}))
+    slow = {"engine_args": {"faults": str(tmp_path / "faults.json")}}
+    source = write_jsonl(tmp_path / "prompts.jsonl", prompts(24))
+    generate = {"samples": 2, "generators": [generator(**slow)]}
+    values = curate_values(source, ingest={"source": str(source), "shard_size": 4}, generate=generate)
+    (tmp_path / "curate.yaml").write_text(yaml.safe_dump(values))
+    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path / "home"), TERM="xterm", COLUMNS="120")
+    command = [sys.executable, "-m", "flows.cli", "curate", str(tmp_path / "curate.yaml"), "--json"]
+    ours, theirs = pty.openpty()
+    drawn = b""
+    store = ["--store", str(tmp_path / "drawn")]
+    with subprocess.Popen([*command, *store], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs) as run:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while piece := os.read(ours, 65536):
+                drawn += piece
+        assert run.stdout
+        json.loads(run.stdout.read())
+    assert run.returncode == 0, drawn.decode(errors="replace")
+    assert "━".encode() in drawn and b"generate" in drawn and b"24/24 prompts" in drawn
+    plain = prefsieve("curate", tmp_path / "curate.yaml", "--json", "--store", tmp_path / "plain", env=env)
+    assert plain.returncode == 0, plain.stderr
+    assert "━" not in plain.stderr and "generate: 24/24 prompts" in plain.stderr and "\x1b[" not in plain.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -46,6 +47,29 @@ def test_a_rerun_starts_no_engine_and_gives_the_same_versions(fake_run: Curated,
     assert files_below(Path(store.url)) == before
 
 
+@pytest.mark.parametrize(
+    ("gone", "engines"),
+    [
+        (["pairs", "subsets/*/[0-9a-f]*", "fingerprints", "faults"], False),
+        (["rewards", "pairs", "subsets/*/[0-9a-f]*"], True),
+        (["completions", "rewards", "pairs", "subsets/*/[0-9a-f]*"], True),
+    ],
+    ids=["pairs", "rewards", "completions"],
+)
+def test_what_operations_lets_somebody_delete_is_made_again(
+    gone: list[str], engines: bool, fake_run: Curated, tmp_path: Path
+) -> None:
+    store = copy_store(fake_run.store, tmp_path / "store")
+    before = set(files_below(Path(store.url)))
+    for pattern in gone:
+        for folder in Path(store.url).glob(pattern):
+            shutil.rmtree(folder)
+    again = curate_stages(fake_run.config, store)
+    assert list(map(str, again.versions)) == list(map(str, fake_run.versions))
+    assert (again.engine_work != NOTHING) == engines
+    assert before - set(files_below(Path(store.url))) <= {path for path in before if path.startswith("fingerprints")}
+
+
 def test_more_samples_cost_only_the_further_ones(fake_run: Curated, tmp_path: Path) -> None:
     store = copy_store(fake_run.store, tmp_path / "store")
     before = files_below(Path(store.url))
@@ -79,6 +103,8 @@ def test_another_scorer_generates_nothing_and_only_the_new_one_is_asked(fake_run
     assert (rewards.work.shards_made, rewards.work.shards_reused) == (6, 6)
     made = set(files_below(Path(store.url))) - set(before)
     made.remove(f"fingerprints/{rewards.scorers['length']}.json")
+    [took] = [path for path in made if path.startswith(f"costs/score/{rewards.scorers['length']}/")]
+    made.remove(took)
     assert len(made) == 6
     assert all(path.startswith(f"rewards/{rewards.scorers['length']}/") for path in made)
     after = files_below(Path(store.url))

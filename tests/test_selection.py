@@ -104,6 +104,14 @@ def test_pvar_of_rewards_with_gaps_is_pvar_of_the_finite_ones() -> None:
     assert pvar(holes)[0] == pytest.approx(pvar(full)[0], abs=1e-16)
 
 
+def test_pvar_of_a_single_prompt_reads_rewards_that_must_not_be_written() -> None:
+    """As they come from a table, when a shard has one prompt."""
+    rewards = np.array([[1.0, 0.0, np.inf]])
+    rewards.flags.writeable = False
+    assert pvar(rewards) == pytest.approx(pvar(np.array([[1.0, 0.0]])))
+    assert rewards[0, 2] == np.inf
+
+
 def test_pvar_is_an_eighth_of_the_variance_for_small_gaps() -> None:
     rewards = np.random.default_rng(0).normal(3.0, 0.01, (50, 8))
     np.testing.assert_allclose(pvar(rewards), rewards.var(axis=1, ddof=1) / 8, rtol=1e-3)

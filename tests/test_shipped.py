@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from flows.cli import FLOWS, load_values, parse
-from flows.deploy import read_deployments
+from flows.deploy import read_file
 from tasks.errors import ConfigError
 from tests.services import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+DEPLOYED = read_file(ROOT / "deployments" / "prefect.yaml").deployments
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -26,9 +27,8 @@ def test_every_shipped_configuration_is_one_that_a_flow_takes(path: Path) -> Non
 
 
 def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
-    deployments = read_deployments(ROOT / "deployments" / "prefect.yaml")
-    assert {"curate", "train", "evaluate", "experiment"} <= {deployment.name for deployment in deployments}
-    for deployment in deployments:
+    assert {"curate", "train", "evaluate", "experiment"} <= {deployment.name for deployment in DEPLOYED}
+    for deployment in DEPLOYED:
         flow = deployment.entrypoint.rsplit(".", 1)[-1]
         parse(flow, deployment.parameters, Path("deployments/prefect.yaml"))
         assert deployment.entrypoint == f"flows.{flow}.{flow}"
@@ -38,12 +38,12 @@ def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
 
 @pytest.mark.parametrize("flow", ["curate", "train", "evaluate"])
 def test_the_form_starts_with_the_small_worlds_configuration(flow: str) -> None:
-    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == flow]
+    [deployed] = [each for each in DEPLOYED if each.name == flow]
     assert deployed.parameters == load_values(ROOT / "configs" / "tinyworld" / f"{flow}.yaml", [], "")
 
 
 def test_the_form_of_an_experiment_starts_with_the_one_on_pvar() -> None:
-    [deployed] = [each for each in read_deployments(ROOT / "deployments" / "prefect.yaml") if each.name == "experiment"]
+    [deployed] = [each for each in DEPLOYED if each.name == "experiment"]
     assert deployed.parameters == load_values(ROOT / "configs" / "experiments" / "pvar.yaml", [], "")
 
 

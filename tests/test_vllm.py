@@ -30,6 +30,7 @@ from tasks.pair import pair
 from tasks.score import score
 from tasks.sections import GenerateConfig, GeneratorConfig, IngestConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
+from tasks.trial import golden_rewards
 from tests.conftest import CHAT_TEMPLATE
 from tests.services import ROOT
 
@@ -146,6 +147,12 @@ def test_the_reward_models_activation_is_off(world: Path) -> None:
         both.append(loop.submit(requests).result(timeout=180))
         loop.close()
     np.testing.assert_allclose(*both, atol=1e-3)
+
+
+def test_the_doctors_golden_rewards_are_those_of_transformers(world: Path, tmp_path: Path) -> None:
+    about = {"model": str(world / "reward"), "max_model_len": 64}
+    scorer = ScorerConfig.model_validate({"name": "rm", "engine": "vllm", **about})
+    assert "as by transformers, within" in golden_rewards(scorer, Store(tmp_path), "local")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """What the tests of faults share: a configuration, what it publishes undisturbed, and an S3 server behind a proxy.
 
-`--measured FILE` keeps what the tests measure on their way, for docs/reliability.md; no test depends on a time."""
+`--junitxml FILE` keeps what the tests measure on their way, for docs/reliability.md; no test depends on a time."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,13 @@ from tests.faults.runs import PROMPTS, SHARD, kill, processes, report, start
 from tests.services import SeaweedFS, environment, seaweedfs
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--measured", metavar="FILE", help="Write what was measured into this JSON file.")
-
-
-@pytest.fixture(scope="session")
-def _measured(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    found: list[dict[str, Any]] = []
-    yield found
-    if file := request.config.getoption("--measured"):
-        from benchmarks.machine import machine
-
-        whole = {"machine": machine("ray", "prefect", "s3fs"), "faults": found}
-        Path(file).write_text(json.dumps(whole, indent=2) + "\n")
-
-
 @pytest.fixture
-def measured(_measured: list[dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+def measured(record_property: Callable[[str, object], None]) -> Iterator[dict[str, Any]]:
     """What a test found: put numbers into it."""
-    about: dict[str, Any] = {"test": request.node.name}
-    _measured.append(about)
-    return about
+    found: dict[str, Any] = {}
+    yield found
+    for what, number in found.items():
+        record_property(what, number)
 
 
 @pytest.fixture(scope="session")

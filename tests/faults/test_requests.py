@@ -18,8 +18,8 @@ MOST_AGAIN = 2  # its completions and its rewards: what is missing there is in t
 ALL_ELSE = 110  # handles, manifests, pages of listings, the published files
 
 
-def test_a_shard_costs_a_bounded_number_of_requests(tmp_path: Path) -> None:
-    runs = [requested(tmp_path / str(shards), shards) for shards in (FEW, MANY)]
+def test_a_shard_costs_a_bounded_number_of_requests(prefect_api: str, tmp_path: Path) -> None:
+    runs = [requested(tmp_path / str(shards), shards, PREFECT_API_URL=prefect_api) for shards in (FEW, MANY)]
     first, again = per_shard(runs, "first"), per_shard(runs, "again")
     assert 0 < first["all"] <= MOST, first
     assert 0 < again["all"] <= MOST_AGAIN, again
