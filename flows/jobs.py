@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -120,10 +121,32 @@ def stop(client: JobSubmissionClient, job: str, address: str) -> JobDetails:
 def _wait(
     client: JobSubmissionClient, job: str, address: str, meanwhile: Callable[[], Any] = lambda: None
 ) -> JobDetails:
-    while not has_ended(info := _patiently(partial(client.get_job_info, job), job, address)):
-        _patiently(meanwhile, job, address)
-        time.sleep(_POLL)
+    with _interrupts() as interrupted:
+        while not has_ended(info := _patiently(partial(client.get_job_info, job), job, address)):
+            _patiently(meanwhile, job, address)
+            time.sleep(_POLL)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
     return info
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set by Ctrl-C. Its exception alone is not enough: raised while garbage is collected, Python ignores it."""
+    interrupted, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: Any) -> None:
+        interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _patiently(ask: Callable[[], Answer], job: str, address: str) -> Answer:

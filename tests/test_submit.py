@@ -74,6 +74,35 @@ def test_ctrl_c_leaves_the_job_running_and_the_same_command_follows_it(first: Fi
     assert _job(first.attached) == _job(first.interrupted)
 
 
+def test_ctrl_c_is_not_lost_where_python_ignores_its_exception(head: RayHead) -> None:
+    code = """
+import signal, sys, time
+from flows import jobs
+
+class Garbage:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)  # where the exception is raised, and ignored
+
+def asking(job):
+    Garbage()
+    return ask(job)
+
+client = jobs.connect(sys.argv[1])
+job = client.submit_job(entrypoint="sleep 60")
+ask, client.get_job_info = client.get_job_info, asking
+try:
+    jobs.follow(client, job, sys.argv[1])
+except KeyboardInterrupt:
+    print("interrupted", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+client.stop_job(job)
+"""
+    command = ["env", "--default-signal=INT", sys.executable, "-c", code, head.address]
+    done = subprocess.run(command, env=_client(head), capture_output=True, text=True, timeout=50)
+    assert done.stdout == "interrupted True\n", done.stderr
+    assert "Exception ignored in" in done.stderr
+
+
 def test_a_submitted_flow_publishes_into_the_store_of_who_submitted_it(first: First, place: Path) -> None:
     report = first.report
     assert report["store"] == str(place / "store")
