@@ -85,7 +85,7 @@ def curate(
         rows += [reporting.stage_row(f"pair {table.name}", table.counts, table.work) for table in pairs]
         rows += [reporting.stage_row(f"subset {taken.name}", taken.counts, taken.work) for taken in selections]
         rows += [reporting.stage_row(f"publish {version.name}", version.counts, version.work) for version in versions]
-        cost = reporting.cost_of("curate", rows, config.prices, *versions)
+        cost = reporting.cost_of("curate", rows, config.prices, versions)
     report: dict[str, Any] = {
         "store": Store(url).url,
         "subsets": [reporting.subset_row(Store(url), version) for version in versions],
@@ -94,7 +94,6 @@ def curate(
         "stages": rows,
         "cost": cost,
     }
-    reporting.show_published(report)
     reporting.show_counts("curate", report["stages"])
     reporting.show_report("curate", markdown.curate_markdown(report))
     return report

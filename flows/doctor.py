@@ -215,7 +215,7 @@ def _generate_work(
         samples = sum(item["rows"] * (item["last"] - item["first"]) for item in items)
         what = f"{samples:,} samples in {len(items):,} files" if items else _NOTHING
         row = {"stage": "generate", "what": name, "to do": what}
-        work.append(row | _estimated(generators[name], fingerprint, samples, drafts))
+        work.append(row | _estimated(generators[name], fingerprint, samples, len(items), drafts))
     made = Completions(prompts, config.samples, fingerprints, prompts.counts, allotment=allotment)
     return work, made if _done(work) else None
 
@@ -234,17 +234,19 @@ def _score_work(scorers: list[ScorerConfig], completions: Completions, store: St
         what = f"{rewards:,} rewards in {len(items):,} files" if items else _NOTHING
         row = {"stage": "score", "what": scorer.name, "to do": what}
         fingerprint = models.scorer_fingerprint(scorer, store)
-        work.append(row | _estimated(scorer, fingerprint, rewards, store))
+        work.append(row | _estimated(scorer, fingerprint, rewards, len(items), store))
     return work
 
 
-def _estimated(config: GeneratorConfig | ScorerConfig, fingerprint: str, samples: int, store: Store) -> dict[str, str]:
+def _estimated(
+    config: GeneratorConfig | ScorerConfig, fingerprint: str, samples: int, files: int, store: Store
+) -> dict[str, str]:
     """What it will take, by what the same model took before; or the most that its settings allow."""
     if not samples:
         return {}
     speed = known_speed(store, "generate" if isinstance(config, GeneratorConfig) else "score", fingerprint)
     if speed:
-        return {"estimate": speed.estimate(samples, config)}
+        return {"estimate": speed.estimate(samples, files, config)}
     if isinstance(config, GeneratorConfig):
         return {"estimate": f"at most {samples * config.sampling.max_tokens:,} tokens"}
     return {}

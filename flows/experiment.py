@@ -82,7 +82,7 @@ def experiment(
     url = config.store_url
     with disconnecting():
         stages.check(config)
-        published = run_curate(**config.curating()) if config.curate else {"subsets": []}
+        published = run_curate(**config.curating()) if config.curate else {"subsets": [], "stages": []}
         subsets_meant = {row["name"]: row["version"] for row in published["subsets"]}
         policies = stages.train_cells(config, subsets_meant, url)
         prompts = stages.ingest(config.evaluate.ingest, url)
@@ -91,7 +91,7 @@ def experiment(
         rewards = stages.score(config.evaluate.score, completions, url, config.ray_address)
         result, costs = stages.compare(config, policies, rewards, url)
         rows = [reporting.stage_row("train", policies.counts, policies.work), *reporting.rows_up_to(rewards)]
-        cost = reporting.cost_of("experiment", rows, config.prices)
+        cost = reporting.cost_of("experiment", rows, config.prices, before=published["stages"])
     kept = stages.keep(config, result, costs, url)
     report = {
         "store": Store(url).url,

@@ -73,7 +73,8 @@ def cost_lines(cost: dict[str, Any]) -> list[str]:
         return [f"Cost: {what}; `prices` in the configuration makes an amount of it."]
     each = [f"{number(one['amount'])} per pair of {plain(name)}" for name, one in cost["per_pair"].items()]
     whole = f"{what} = {number(cost['amount'])} {cost['currency']}"
-    return [f"Cost: {', '.join([whole, *each])}."]
+    without = f" Without {' and '.join(cost['unpriced'])}: `prices` has none for them." if cost["unpriced"] else ""
+    return [f"Cost: {', '.join([whole, *each])}.{without}"]
 
 
 _WORK = {

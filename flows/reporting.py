@@ -7,10 +7,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from typing import Any, cast
-from uuid import UUID
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 from prefect import get_run_logger
 from prefect.artifacts import (
@@ -165,24 +165,32 @@ def subset_row(store: Store, version: Version) -> dict[str, Any]:
     }
 
 
-def show_published(report: dict[str, Any]) -> None:
-    """An event for each version that was not there before, for whoever waits for one."""
-    new = {row["stage"] for row in report["stages"] if row["shards_made"]}
-    for row in report["subsets"]:
-        if f"publish {row['name']}" in new:
-            version = f"{row['name']}@{row['version']}"
-            emit_event(
-                "prefsieve.subset.published",
-                resource={"prefect.resource.id": f"prefsieve.subset.{row['name']}", "prefect.resource.name": version},
-                payload={"version": version, "pairs": row["pairs"], "store": report["store"]},
-            )
+def show_published(name: str, version: str, pairs: int, store: str) -> None:
+    """An event for a version that was not there before, for whoever waits for one.
+
+    A run that follows a job tells what the job may have told already; by its id the server counts an event once.
+    """
+    emit_event(
+        "prefsieve.subset.published",
+        resource={"prefect.resource.id": f"prefsieve.subset.{name}", "prefect.resource.name": f"{name}@{version}"},
+        payload={"version": f"{name}@{version}", "pairs": pairs, "store": store},
+        id=uuid5(NAMESPACE_URL, f"{store}/subsets/{name}/{version}"),
+    )
 
 
-def cost_of(flow: str, stages: list[dict[str, Any]], prices: PricesConfig, *versions: Version) -> dict[str, Any]:
-    """What the run cost, and per pair of what it published; told to Prometheus as well."""
-    cost = costs.cost_of(stages, {version.name: version.counts.out for version in versions}, prices)
-    prometheus.show_cost(flow, cost["amount"], prices.currency)
-    return cost
+def cost_of(
+    flow: str,
+    stages: list[dict[str, Any]],
+    prices: PricesConfig,
+    versions: Sequence[Version] = (),
+    before: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """What the run cost, and per pair of what it published.
+
+    Prometheus is told as well, but for what came before: stages of a run inside of this one, which told it itself.
+    """
+    prometheus.show_cost(flow, costs.cost_of(stages, {}, prices)["amount"], prices.currency)
+    return costs.cost_of([*before, *stages], {version.name: version.counts.out for version in versions}, prices)
 
 
 def show_counts(flow: str, stages: list[dict[str, Any]]) -> None:

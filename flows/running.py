@@ -55,8 +55,8 @@ def run_on_ray(flow: Callable[P, R]) -> Callable[P, R]:
         except BaseException as error:
             if watch.cancelled:
                 return cast(R, Cancelled(message=_KEPT))
-            if isinstance(error, ValidationError):  # of parameters that do not go together
-                raise ConfigError(_described(error)) from error
+            if isinstance(error, ValidationError) and (wrong := _wrong_parameters(error)):
+                raise ConfigError(wrong) from error
             if not isinstance(error, TerminationSignal) or _is_told_by_another():
                 raise
             # Raised further, it would make Prefect kill this process before the API is told.
@@ -66,10 +66,11 @@ def run_on_ray(flow: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _described(error: ValidationError) -> str:
-    from flows.cli import describe_errors
+def _wrong_parameters(error: ValidationError) -> str:
+    """In words, when they do not go together; empty for what else did not fit a model of pydantic's."""
+    from flows.cli import FLOWS, describe_errors
 
-    return describe_errors(error)
+    return describe_errors(error) if error.title in {config.__name__ for config in FLOWS.values()} else ""
 
 
 def _as_a_form_fills_it(signature: inspect.Signature) -> inspect.Signature:
@@ -97,8 +98,10 @@ def _as_job(flow: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
     config = FLOWS[flow](**{name: value for name, value in arguments.items() if value is not None})
     report = run_flow(flow, config, config.ray_address)
-    if flow == "curate":
-        reporting.show_published(report)
+    made = {row["stage"] for row in report["stages"] if row["shards_made"]}
+    for row in report.get("subsets", ()):
+        if f"publish {row['name']}" in made:
+            reporting.show_published(row["name"], row["version"], row["pairs"], report["store"])
     reporting.show_counts(flow, report["stages"])
     reporting.show_report(flow, getattr(markdown, f"{flow}_markdown")(report))
     return report

@@ -29,7 +29,7 @@ import tasks.score
 import tasks.subset
 import tasks.train
 from flows.markdown import experiment_text
-from flows.reporting import progress_artifact
+from flows.reporting import progress_artifact, show_published
 from tasks.cells import Policies
 from tasks.config import CompareConfig, CurateConfig, EvaluateConfig, RunConfig, SubsetConfig, TrainConfig
 from tasks.errors import is_network_fault
@@ -127,11 +127,14 @@ def subset(configs: list[SubsetConfig], pairs: list[Pairs], store: str) -> list[
 
 @task(name="publish", task_run_name="publish", **_STAGE)
 def publish(config: CurateConfig, selections: list[Selection], store: str) -> list[Version]:
+    published = []
     with progress_artifact("publish") as report:
-        return [
-            tasks.publish.publish(config.publish, subset, selection, Store(store), report)
-            for subset, selection in zip(config.subset_of_each_name(), selections, strict=True)
-        ]
+        for subset, selection in zip(config.subset_of_each_name(), selections, strict=True):
+            version = tasks.publish.publish(config.publish, subset, selection, Store(store), report)
+            if version.work.shards_made:  # told at once: what a later one fails over is not told again
+                show_published(version.name, version.version, version.counts.out, Store(store).url)
+            published.append(version)
+    return published
 
 
 @task(name="train", task_run_name="train", **_STAGE)

@@ -23,9 +23,10 @@ from tasks.costs import known_costs
 from tasks.errors import ConfigError, RunError, Unreachable
 from tasks.experiments import Cell, ExperimentConfig
 from tasks.progress import Meter, Report, duration, silent
+from tasks.prometheus import show_trained
 from tasks.records import Counts, Version, Work
 from tasks.store import Store
-from tasks.train import TrainWorker, find_training, gpus, pinned, resources, training_digest
+from tasks.train import TrainWorker, find_training, held, pinned, resources, training_digest
 from tasks.versions import find_version
 
 _POLL = 1.0  # seconds
@@ -100,11 +101,12 @@ def train_cells(config: ExperimentConfig, subsets: dict[str, str], store: Store,
         versions = {missing[cell].name: find_version(store, name, kind="policies") for cell, name in made.items()}
         known |= {cell: versions[one.name] for cell, one in wanted.items() if one.name in versions}
     inputs = {cell: training_digest(one, store) for cell, one in wanted.items()}
-    held = known_costs(store, "train", [inputs[cell] for cell in missing]).values()
+    gpu_seconds = held(missing.values(), store)
+    show_trained(config.name, gpu_seconds)
     work = Work(
         shards_made=len(missing),
         shards_reused=len(first) - len(missing),
-        gpu_seconds=sum(held) * gpus(config.policy),
+        gpu_seconds=gpu_seconds,
         seconds=time.monotonic() - started,
     )
     return Policies({cell: known[cell] for cell in wanted}, inputs, len(missing), work)

@@ -197,7 +197,7 @@ def run_pools(pools: Sequence[Pool], address: str = "local") -> Work:
                 ready = min(ready, last - answer["since_ready"])
                 counted = {key: answer.get(key, 0) for key in COUNTED}
                 spent.update(counted)
-                series[id(pool)].add(counted)
+                series[id(pool)].add(counted, answer.get("generator", ""))
                 pool.on_done(answer)
     finally:
         _end(drivers, run)
@@ -284,6 +284,7 @@ class _Actor:
         except Exception as error:
             self.error, self.unreachable = f"an engine did not start: {_said(error)}", is_network_fault(error)
         self.ready_at = time.monotonic()
+        self.start_seconds = self.ready_at - self.told
 
     async def __call__(self, batch: dict[str, Any]) -> Any:
         item = {key: values[0].item() if hasattr(values[0], "item") else values[0] for key, values in batch.items()}
@@ -298,7 +299,7 @@ class _Actor:
             except Exception as raised:
                 unreachable = is_network_fault(raised)
                 error = f"{'a server could not be reached' if unreachable else 'an engine failed'}: {_said(raised)}"
-        starts, self.fresh = self.fresh, 0
+        (starts, self.fresh), (start_seconds, self.start_seconds) = (self.fresh, 0), (self.start_seconds, 0.0)
         now = time.monotonic()
         held, self.told = now - self.told, now
         about = {
@@ -306,7 +307,8 @@ class _Actor:
             "unreachable": unreachable,
             "engine_starts": starts,
             "engine_restarts": starts and _restarted(),
-            "held_seconds": held,
+            "start_seconds": start_seconds,
+            "busy_seconds": held - start_seconds,
             "gpu_seconds": self.gpus * held,
             "since_ready": now - self.ready_at,
         }

@@ -2,6 +2,7 @@
 
     amount = GPU seconds / 3600 * price of a GPU hour + paid tokens / 10^6 * price of a million tokens
 
+What has no price, a price of 0, is told beside the amount.
 In the store, costs/<what>/<digest>.json holds the seconds, and costs/<stage>/<fingerprint>/ what a model's engines took
 in each run, which dry runs estimate by. None of it is ever part of a version.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tasks.progress import duration
@@ -43,6 +44,14 @@ def cost_of(stages: Iterable[dict[str, Any]], pairs: dict[str, int], prices: Pri
         "gpu_seconds": round(seconds, 2),
         "paid_tokens": tokens,
         "amount": whole,
+        "unpriced": [
+            what
+            for what, number, price in (
+                ("GPU hours", seconds, prices.gpu_hour),
+                ("tokens of endpoints", tokens, prices.million_tokens),
+            )
+            if number and not price
+        ],
         "currency": prices.currency,
         "per_pair": per_pair,
     }
@@ -54,16 +63,21 @@ class Speed:
 
     samples: int
     tokens: int
-    seconds: float  # that engines were held, their start included
+    busy_seconds: float  # that engines were held, once they had started
+    engine_starts: int
+    start_seconds: float  # of all starts together
 
-    def estimate(self, samples: int, config: ModelConfig) -> str:
-        """For so many samples, in words."""
-        share = samples / self.samples
-        held = share * self.seconds
+    def estimate(self, samples: int, files: int, config: ModelConfig) -> str:
+        """For so many samples in so many files, in words. Each engine starts once, and takes whole files."""
+        share, engines = samples / self.samples, max(1, min(config.workers, files))
+        start, busy = self.start_seconds / max(1, self.engine_starts), share * self.busy_seconds
         words = [f"{share * self.tokens:,.0f} tokens"] if self.tokens else []
-        words.append(f"{duration(held / config.workers)} with {config.workers} engine{'s' * (config.workers > 1)}")
-        words += [f"{held * config.gpus / 3600:.2g} GPU hours"] if config.gpus else []
+        words.append(f"{duration(start + busy / engines)} with {engines} engine{'s' * (engines > 1)}")
+        words += [f"{(engines * start + busy) * config.gpus / 3600:.2g} GPU hours"] if config.gpus else []
         return f"about {', '.join(words)}"
+
+
+SPENT = tuple(field.name for field in fields(Speed))
 
 
 def remember_speed(store: Store, stage: str, fingerprint: str, speed: Speed) -> None:
@@ -75,7 +89,7 @@ def remember_speed(store: Store, stage: str, fingerprint: str, speed: Speed) -> 
 def known_speed(store: Store, stage: str, fingerprint: str) -> Speed | None:
     """Over all that was seen."""
     seen = [store.read_json(path) for path in store.list(f"costs/{stage}/{fingerprint}")[:_SEEN]]
-    return Speed(*(sum(one[key] for one in seen) for key in ("samples", "tokens", "seconds"))) if seen else None
+    return Speed(**{key: sum(one[key] for one in seen) for key in SPENT}) if seen else None
 
 
 def remember_cost(store: Store, what: str, digest: str, seconds: float) -> None:

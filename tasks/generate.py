@@ -22,7 +22,7 @@ import pyarrow as pa
 from tasks import models
 from tasks.ahead import in_order
 from tasks.cluster import IN_FLIGHT, Pool, run_pools
-from tasks.costs import Speed, remember_speed
+from tasks.costs import SPENT, Speed, remember_speed
 from tasks.engines import Answer, GenerationRequest, generator_engine
 from tasks.engines.loop import EngineLoop, Refused
 from tasks.errors import RunError
@@ -66,7 +66,7 @@ def generate(
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
         totals["tokens"] += counts["tokens"]
-        spent[name].update({key: counts[key] for key in ("samples", "tokens", "held_seconds")})
+        spent[name].update({key: counts[key] for key in SPENT})
         answered.update([counts["file"]] if counts["file"] and not counts["refused"] else [])
         totals[f"refused by {name}"] += counts["refused"] if counts["final"] else 0
         _check_refused(config, name, totals[f"refused by {name}"], prompts.counts.out, counts["example"])
@@ -88,8 +88,7 @@ def generate(
     work = run_pools(pools, address)
     counts = _count(config, prompts, fingerprints, shards, store, answered)
     for name, took in spent.items():
-        speed = Speed(took["samples"], took["tokens"], took["held_seconds"])
-        remember_speed(store, "generate", fingerprints[name], speed)
+        remember_speed(store, "generate", fingerprints[name], Speed(**took))
     made = sum(map(len, todo.values()))
     work = replace(
         work,

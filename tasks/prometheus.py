@@ -8,7 +8,8 @@
     ray_prefsieve_dropped           counter  rows that a stage did not pass on, by reason
     ray_prefsieve_cost              counter  of runs that have ended, at their prices, by flow and currency
 
-All but the last two are labelled by stage and model, and come while a stage goes on; drops come when it ends. The name
+All but the last two are labelled by stage and model, and come while a stage goes on; drops, and the GPU seconds of a
+training, come when it ends. The name
 of a counter ends in _total there. A run's own report has the same numbers; nothing is read back from here.
 """
 
@@ -34,13 +35,19 @@ class PoolSeries:
         while _early:
             _count(*_early.pop())
 
-    def add(self, counted: Mapping[str, float]) -> None:
-        """One more file. counted: what was done for it, by the names of Work."""
+    def add(self, counted: Mapping[str, float], model: str = "") -> None:
+        """One more file. counted: what was done for it, by the names of Work. model: of a pool that has several."""
+        tags = {**self.tags, "model": model} if model else self.tags
         for name, number in {**counted, "shards_done": 1}.items():
             if number > 0:
-                _series("Counter", f"prefsieve_{name}", _STAGE).inc(number, self.tags)
+                _series("Counter", f"prefsieve_{name}", _STAGE).inc(number, tags)
         self.open -= 1
         _series("Gauge", "prefsieve_shards_open", _STAGE).set(self.open, self.tags)
+
+
+def show_trained(policy: str, gpu_seconds: float) -> None:
+    """What a training held."""
+    _count("prefsieve_gpu_seconds", gpu_seconds, {"stage": "train", "model": policy})
 
 
 def show_dropped(stage: str, dropped: Mapping[str, int]) -> None:

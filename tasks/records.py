@@ -214,7 +214,7 @@ class Work:
     paid_tokens: int = 0  # of these, by endpoints, which are paid by the token
     retries: int = 0  # requests asked again: an endpoint gave no answer, or an engine died over their shard
     engine_restarts: int = 0  # processes of engines that took the place of one that died
-    gpu_seconds: float = 0.0  # GPUs that were held times seconds, loading of models included
+    gpu_seconds: float = 0.0  # GPUs that were held times seconds, from an engine's start to its last answer
     seconds: float = 0.0  # of the stage, on the clock
     engine_seconds: float = 0.0  # from the first engine being ready to the last shard being stored
 

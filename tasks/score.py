@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from tasks import models, rubric
 from tasks.ahead import in_order
 from tasks.cluster import Pool, run_pools
-from tasks.costs import Speed, remember_speed
+from tasks.costs import SPENT, Speed, remember_speed
 from tasks.engines import Refused, ScoringRequest, judge_engine, reward_engine
 from tasks.engines.loop import EngineLoop
 from tasks.errors import RunError
@@ -70,7 +70,7 @@ def score(
 
     def on_done(name: str, counts: dict[str, Any]) -> None:
         totals["tokens"] += counts["tokens"]
-        spent[name].update({key: counts[key] for key in ("samples", "tokens", "held_seconds")})
+        spent[name].update({key: counts[key] for key in SPENT})
         rated.update({counts["file"]: counts["samples"]} if counts["file"] and not counts["missing"] else {})
         totals[f"missing from {name}"] += counts["missing"]
         check_missing(config, name, totals[f"missing from {name}"], in_files, counts["example"])
@@ -89,8 +89,7 @@ def score(
         settled(lambda: _forget(scorers, fingerprints, files, store))
         raise
     for name, took in spent.items():
-        speed = Speed(took["samples"], took["tokens"], took["held_seconds"])
-        remember_speed(store, "score", fingerprints[name], speed)
+        remember_speed(store, "score", fingerprints[name], Speed(**took))
     made = sum(map(len, missing.values()))
     work = replace(
         work,

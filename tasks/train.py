@@ -13,7 +13,7 @@ import gc
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tasks import models
@@ -22,6 +22,7 @@ from tasks.config import PolicyConfig, TrainConfig
 from tasks.costs import known_costs, remember_cost
 from tasks.job import Job
 from tasks.progress import Meter, Report, silent
+from tasks.prometheus import show_trained
 from tasks.records import SCHEMA_VERSION, Version, Work, digest
 from tasks.store import Store
 from tasks.training import TrainingConfig, micro_batch
@@ -46,8 +47,9 @@ def train(config: TrainConfig, store: Store, report: Report = silent) -> Version
     finally:
         ray.kill(worker)  # also when whoever waits is interrupted: nobody else knows of it
     made = find_version(store, f"{config.name}@{name}", kind="policies")
-    seconds = time.monotonic() - started
-    work = Work(seconds=seconds, gpu_seconds=seconds * gpus(config.policy))
+    gpu_seconds = held([config], store)
+    show_trained(config.name, gpu_seconds)
+    work = Work(seconds=time.monotonic() - started, gpu_seconds=gpu_seconds)
     return Version(made.name, made.version, made.counts, work, "policies")
 
 
@@ -57,9 +59,10 @@ def pinned(config: TrainConfig, store: Store) -> TrainConfig:
     return config.model_copy(update={"policy": policy, "subset": str(find_version(store, config.subset))})
 
 
-def gpus(policy: PolicyConfig) -> float:
-    """That a training holds."""
-    return policy.gpus * policy.workers
+def held(trainings: Iterable[TrainConfig], store: Store) -> float:
+    """GPU seconds of trainings that have ended, in all attempts; waiting for GPUs is none of them."""
+    gpus = {training_digest(one, store): one.policy.gpus * one.policy.workers for one in trainings}
+    return sum(seconds * gpus[digest] for digest, seconds in known_costs(store, "train", gpus).items())
 
 
 def resources(policy: PolicyConfig) -> dict[str, float]:

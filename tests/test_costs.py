@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from flows import reporting
 from flows.markdown import cost_lines
-from tasks.costs import cost_of
+from tasks.costs import Speed, cost_of, known_speed, remember_speed
 from tasks.prometheus import PoolSeries
-from tasks.sections import PricesConfig
+from tasks.sections import GeneratorConfig, PricesConfig
+from tasks.store import Store
 from tests.conftest import curate_values, generator, prompts, scorer, write_jsonl
 from tests.services import environment, judge_endpoint, prefsieve, ray_head
 from tests.test_judge import rating
@@ -32,6 +34,7 @@ def test_a_run_costs_its_gpu_hours_and_its_tokens_and_a_pair_its_share() -> None
         "paid_tokens": 250_000,
         "amount": 6.0,  # 2 h x 2.5 + 0.25 x 4
         "currency": "EUR",
+        "unpriced": [],
         "per_pair": {"top": {"gpu_seconds": 72.0, "amount": 0.06}},
     }
     assert cost_lines(cost) == ["Cost: 2 GPU hours and 250,000 tokens of endpoints = 6 EUR, 0.06 per pair of top."]
@@ -46,6 +49,33 @@ def test_without_prices_there_is_no_amount_and_without_work_no_cost() -> None:
     nothing = cost_of([{"gpu_seconds": 0.0, "paid_tokens": 0}], {"top": 100}, PricesConfig(gpu_hour=1))
     assert nothing["amount"] == 0
     assert cost_lines(nothing) == ["Cost: nothing; no GPU was held, no endpoint asked."]
+
+
+@pytest.mark.parametrize(
+    ("prices", "amount", "without"),
+    [({"gpu_hour": 2}, "4", "tokens of endpoints"), ({"million_tokens": 4}, "1", "GPU hours")],
+)
+def test_what_has_no_price_is_not_free(prices: dict[str, float], amount: str, without: str) -> None:
+    [line] = cost_lines(cost_of(STAGES, {}, PricesConfig(**prices)))
+    said = f"Cost: 2 GPU hours and 250,000 tokens of endpoints = {amount} USD. Without {without}: `prices` has none"
+    assert line.startswith(said)
+
+
+def test_what_a_run_inside_of_another_cost_is_in_the_reports_sum() -> None:
+    inner, outer = STAGES
+    cost = reporting.cost_of("experiment", [outer], PricesConfig(gpu_hour=1), before=[inner])
+    assert (cost["gpu_seconds"], cost["amount"]) == (7200, 2)
+
+
+def test_an_estimate_counts_a_start_once_for_each_engine_that_has_a_file(tmp_path: Path) -> None:
+    store, config = Store(tmp_path), GeneratorConfig(name="g", model="m", workers=4, gpus=1)
+    remember_speed(store, "generate", "f" * 64, Speed(100, 1000, busy_seconds=10, engine_starts=2, start_seconds=120))
+    remember_speed(store, "generate", "f" * 64, Speed(300, 3000, busy_seconds=30, engine_starts=2, start_seconds=120))
+    speed = known_speed(store, "generate", "f" * 64)
+    assert speed == Speed(400, 4000, 40, 4, 240)
+    # 36,000 samples take engines an hour; each takes a minute to start
+    assert speed.estimate(36_000, 100, config) == "about 360,000 tokens, 16 min with 4 engines, 1.1 GPU hours"
+    assert speed.estimate(36_000, 1, config) == "about 360,000 tokens, 1 h 1 min with 1 engine, 1 GPU hours"
 
 
 def test_a_run_on_a_cluster_says_what_it_cost_and_so_does_the_clusters_metrics_port(

@@ -112,12 +112,14 @@ def test_a_dry_run_estimates_by_what_the_same_model_took_before(local_ray: Any, 
     assert _of(plan(config), "generate") == {"to do": "48 samples in 1 files", "estimate": "at most 4,800 tokens"}
     made = generate(config.generate, set_, store)
     speed = known_speed(store, "generate", made.generators["policy"])
-    assert speed and (speed.samples, speed.tokens) == (48, made.work.tokens) and speed.seconds > 0
-    remember_speed(store, "generate", made.generators["policy"], Speed(52, 1000 - made.work.tokens, 20 - speed.seconds))
+    assert speed and (speed.samples, speed.tokens, speed.engine_starts) == (48, made.work.tokens, 1)
+    assert speed.busy_seconds > 0 and speed.start_seconds > 0
+    other = Speed(52, 1000 - made.work.tokens, 20 - speed.busy_seconds, 1, 4 - speed.start_seconds)
+    remember_speed(store, "generate", made.generators["policy"], other)
     more = config.model_copy(update={"generate": config.generate.model_copy(update={"samples": 8})})
-    # 48 more, of which 100 were 1,000 tokens and took engines 20 s
-    assert _of(plan(more), "generate")["estimate"] == "about 480 tokens, 5 s with 2 engines"
-    assert "about 480 tokens, 5 s with 2 engines" in plan_markdown(plan(more))
+    # 48 more in a file, of which 100 were 1,000 tokens and took engines 20 s, after 2 s to start
+    assert _of(plan(more), "generate")["estimate"] == "about 480 tokens, 12 s with 1 engine"
+    assert "about 480 tokens, 12 s with 1 engine" in plan_markdown(plan(more))
     assert "estimate" not in _of(plan(config), "generate"), "nothing is left to do"
 
 

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,6 +173,22 @@ def test_a_job_that_is_not_there_or_has_ended_cannot_be_cancelled(head: RayHead,
         assert said in done.stderr
 
 
+def test_a_run_that_follows_a_job_tells_of_a_version_what_the_job_tells_and_it_counts_once(
+    head: RayHead, place: Path, prefect_api: str
+) -> None:
+    """Both have the server; only new versions are told of."""
+    change = ("--set", f"ray_address={head.address}", "--set", "subset.0.name=told", "--json")
+    for published in (1, 0):
+        done = prefsieve("curate", "curate.yaml", *change, env=_client(head, PREFECT_API_URL=prefect_api), cwd=place)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert _work(report, "publish told")["shards_made"] == published
+    [version] = [row["version"] for row in report["subsets"]]
+    told = _events(prefect_api, "prefsieve.subset.told")
+    assert [event["payload"]["version"] for event in told] == [f"told@{version}"]
+    assert told[0]["payload"]["store"] == str(place / "store")
+
+
 @pytest.mark.parametrize("wrong", [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN": ""}])
 def test_a_wrong_or_missing_token_is_refused_with_the_variables_to_set(
     head: RayHead, place: Path, tmp_path: Path, wrong: dict[str, str]
@@ -262,6 +280,20 @@ def _configuration() -> dict[str, Any]:
         "subset": [{"name": "half", "steps": [{"rank": "pvar", "fraction": 0.5}]}],
         "store": "store",
     }
+
+
+def _events(api: str, resource: str) -> list[dict[str, Any]]:
+    """Of published versions of a subset; the server keeps what it is told a little later."""
+    asked = {"filter": {"event": {"name": ["prefsieve.subset.published"]}, "resource": {"id": [resource]}}, "limit": 50}
+    request = urllib.request.Request(
+        f"{api}/events/filter", data=json.dumps(asked).encode(), headers={"Content-Type": "application/json"}
+    )
+    for _ in range(60):
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            if events := json.load(answer)["events"]:
+                return list(events)
+        time.sleep(1)
+    return []
 
 
 def _submit(head: RayHead, *options: str) -> list[str]:
