@@ -55,7 +55,8 @@ def free_ports(count: int, twin: int = 0) -> list[int]:
     """Ports that nobody listens on; with `twin`, port + twin is free too."""
     found: list[int] = []
     while len(found) < count:
-        port = random.randrange(20_000, 32_000)  # below the ephemeral range: nobody's outgoing connection takes it
+        # Below the ephemeral range: nobody's outgoing connection takes it. Not by the seed that trainings set.
+        port = random.SystemRandom().randrange(20_000, 32_000)
         if port not in found and _is_free(port) and (not twin or _is_free(port + twin)):
             found.append(port)
     return found
