@@ -74,7 +74,7 @@ def test_an_estimate_counts_a_start_once_for_each_engine_that_has_a_file(tmp_pat
     speed = known_speed(store, "generate", "f" * 64)
     assert speed == Speed(400, 4000, 40, 4, 240)
     # 36,000 samples take engines an hour; each takes a minute to start
-    assert speed.estimate(36_000, 100, config) == "about 360,000 tokens, 16 min with 4 engines, 1.1 GPU hours"
+    assert speed.estimate(36_000, 100, config) == "about 360,000 tokens, 16 min 0 s with 4 engines, 1.1 GPU hours"
     assert speed.estimate(36_000, 1, config) == "about 360,000 tokens, 1 h 1 min with 1 engine, 1 GPU hours"
 
 
