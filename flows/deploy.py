@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import keyword
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -18,12 +19,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from flows.automations import Automation, checked, register
 from flows.cli import FLOWS, describe_errors, parse
 from flows.form import folded, form
-from flows.values import read_yaml, set_value
+from flows.values import load_values, read_yaml, set_value
 from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,7 +101,21 @@ class Deployment(_Strict):
     triggers: list[dict[str, Any]] = []  # events that start a run
     concurrency_limit: int | dict[str, Any] | None = None
     enforce_parameter_schema: bool = True
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}  # or the name of a configuration file that has them, relative to this one
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _of_a_file(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return load_values(info.context / value, [], "")
+        except ConfigError as error:
+            raise ValueError(f"deployment {info.data.get('name')!r}: {error}") from error
+
+    @property
+    def flow(self) -> str:
+        return self.entrypoint.rsplit(".", 1)[-1]
 
     def starts(self) -> list[str]:
         """When runs begin by themselves, in words."""
@@ -151,20 +175,50 @@ def deploy_all(file: Path, pool: str = "", changes: Sequence[str] = ()) -> None:
 
 
 def read_file(file: Path, changes: Sequence[str] = ()) -> _File:
-    """The file; its parameters have passed the flows' own checks, so that neither schedule nor trigger starts a wrong
-    run."""
+    """The file. Its parameters and those of its schedules have passed the flows' own checks. What a trigger fills in is
+    known once there is an event: of that, the names have."""
+    raw = read_yaml(file)
     try:
-        content = _File.model_validate(read_yaml(file))
+        content = _File.model_validate(raw, context=file.parent)
     except ValidationError as error:
         raise ConfigError(f"{file}: {describe_errors(error)}") from error
-    for deployment in content.deployments:
-        runs_as_it_is = deployment.parameters or deployment.schedules
-        for change in changes:
-            set_value(deployment.parameters, change)
-        if runs_as_it_is:
-            where = Path(f"{file}: parameters of deployment {deployment.name!r}")
-            parse(deployment.entrypoint.rsplit(".", 1)[-1], deployment.parameters, where)
+    for deployment, entry in zip(content.deployments, raw["deployments"], strict=True):
+        given = entry.get("parameters")
+        source = f" ({file.parent / given})" if isinstance(given, str) else ""
+        _check(deployment, changes, f"{file}: parameters of deployment {deployment.name!r}{source}")
     return content
+
+
+def _check(deployment: Deployment, changes: Sequence[str], where: str) -> None:
+    """Apply the changes, and check what runs will get. Without parameters the form starts empty, for somebody to fill
+    in, so that changes alone need not be whole."""
+    check = parse if deployment.parameters else _check_part
+    for change in changes:
+        set_value(deployment.parameters, change)
+    check(deployment.flow, deployment.parameters, Path(where))
+    for times in deployment.schedules:
+        parse(deployment.flow, {**deployment.parameters, **times.parameters}, Path(f"{where}, schedule {times.slug!r}"))
+    fields = FLOWS[deployment.flow].model_fields
+    for trigger in deployment.triggers:
+        given = trigger.get("parameters")
+        for name in given if isinstance(given, dict) else ():
+            if name not in fields:
+                which = f"trigger {trigger.get('name', '')!r}"
+                raise ConfigError(f"{where}, {which}: {name}: no such field; there are: {', '.join(fields)}")
+
+
+def _check_part(flow: str, values: dict[str, Any], path: Path) -> None:
+    """Like parse, but fields may be missing."""
+    try:
+        parse(flow, values, path)
+    except ConfigError as error:
+        found = error.__cause__
+        if not isinstance(found, ValidationError):
+            raise
+        wrong: list[Any] = [each for each in found.errors() if each["loc"] and each["type"] != "missing"]
+        if wrong:
+            told = describe_errors(ValidationError.from_exception_data(found.title, wrong))
+            raise ConfigError(f"{path}: {told}") from error
 
 
 @contextlib.contextmanager
@@ -222,7 +276,7 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
         allOf: list[dict[str, Any]] = []
 
     limit = deployment.concurrency_limit
-    model = FLOWS[deployment.entrypoint.rsplit(".", 1)[-1]].__name__
+    model = FLOWS[deployment.flow].__name__
     flow: Any = load_flow_from_entrypoint(deployment.entrypoint)
     drawn = form(parameter_schema(flow).model_dump(), model)
     schedules = [Schedule(**times.model_dump(exclude_none=True)) for times in deployment.schedules]
@@ -232,9 +286,9 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
             description=deployment.description,
             tags=deployment.tags,
             triggers=_triggers(deployment),
-            schedules=[replace(times, parameters=folded(times.parameters, drawn)) for times in schedules],
+            schedules=[replace(times, parameters=folded(_arguments(times.parameters), drawn)) for times in schedules],
             concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
-            parameters=folded(deployment.parameters, drawn),
+            parameters=folded(_arguments(deployment.parameters), drawn),
             enforce_parameter_schema=deployment.enforce_parameter_schema,
             work_pool_name=deployment.work_pool.name,
             work_queue_name=deployment.work_pool.work_queue_name,
@@ -247,6 +301,11 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
     assert not isinstance(registration, Coroutine)  # it would be one inside an event loop only
     registration._parameter_openapi_schema = Form.model_validate(drawn)
     return registration
+
+
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """As the flow calls them: it cannot have an `import`."""
+    return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in values.items()}
 
 
 def _triggers(deployment: Deployment) -> list[Any]:

@@ -14,12 +14,17 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
+from flows.deploy import read_file
+from tasks.errors import ConfigError
 from tests.forms import drawn_as, remembered
-from tests.services import environment, prefect_server, prefect_worker, prefsieve
+from tests.services import ROOT, environment, prefect_server, prefect_worker, prefsieve
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 RUN = 240.0  # seconds; a run takes about 30 on two idle cores
+TRAINING = {"name": "policy", "subset": "half", "policy": {"model": "m"}}
+NIGHT = {"slug": "night", "cron": "0 2 * * *"}
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +242,103 @@ def test_deploy_refuses_a_missing_file_and_wrong_parameters(tmp_path: Path) -> N
     assert "ray_adress" in done.stderr
 
 
+# --- a file of one's own
+
+
+def test_parameters_may_be_the_name_of_a_configuration_file_beside_it(api: httpx.Client, tmp_path: Path) -> None:
+    configuration = (ROOT / "configs" / "import" / "long.yaml").read_text()
+    (tmp_path / "long.yaml").write_text(configuration)
+    done = _deploy(api, tmp_path, _entry("named", entrypoint="flows.curate.curate", parameters="long.yaml"))
+    assert done.returncode == 0, done.stderr
+    deployment = _deployment(api, "curate", "named")
+    expected = yaml.safe_load(configuration)
+    assert deployment["parameters"]["import_"]["source"] == expected["import"]["source"]
+    assert len(deployment["parameters"]) == len(expected)
+    asked = {"schema": remembered(deployment["parameter_openapi_schema"]), "values": deployment["parameters"]}
+    assert api.post("/ui/schemas/validate", json=asked).json() == {"errors": [], "valid": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"deployments.0.parameters: deployment 'mine': \S+/own.yaml: cannot be read: No such file"),
+        ("- 1", r"deployment 'mine': \S+/own.yaml: a configuration is a mapping"),
+        ("{name: a, subset: b, policy: {model: m}, train: {beta: -1}}", r"'mine' \(\S+/own.yaml\): train.beta: .*-1"),
+    ],
+)
+def test_a_missing_or_wrong_configuration_file_is_told_with_deployment_and_field(
+    tmp_path: Path, content: str | None, said: str
+) -> None:
+    if content:
+        (tmp_path / "own.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        read_file(_file(tmp_path, _entry("mine", parameters="own.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"schedules": [{**NIGHT, "parameters": {"train": {"beta": -1}}}]},
+            r"'mine', schedule 'night': train.beta: .*-1",
+        ),
+        ({"schedules": [{**NIGHT, "parameters": {"subst": "b"}}]}, r"schedule 'night': subst: no such field"),
+        ({"parameters": {}, "schedules": [NIGHT]}, r"schedule 'night': name: this field is required"),
+        (
+            {"triggers": [{"name": "after", "expect": ["x"], "parameters": {"subst": "{{ event.payload.version }}"}}]},
+            r"'mine', trigger 'after': subst: no such field; there are: .*subset",
+        ),
+        ({"entrypoint": "flows.nothing.nothing", "parameters": {}}, "no flow 'nothing'"),
+    ],
+)
+def test_what_would_start_a_wrong_run_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    whole = {"parameters": TRAINING}
+    with pytest.raises(ConfigError, match=said):
+        read_file(_file(tmp_path, _entry("mine", **{**whole, **changes})))
+
+
+def test_a_schedule_may_bring_what_the_form_leaves_open(tmp_path: Path) -> None:
+    file = _file(tmp_path, _entry("mine", schedules=[{**NIGHT, "parameters": TRAINING}]))
+    [deployment] = read_file(file, ["ray_address=http://ray:8265", "train.beta=0.2"]).deployments
+    assert deployment.parameters == {"ray_address": "http://ray:8265", "train": {"beta": 0.2}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("ray_adress=http://ray:8265", "ray_adress: no such field"),
+        ("ray_address=ray", "ray_address: give local, auto"),
+        ("policy.gpu=1", "policy.gpu: no such field"),
+        ("train.beta=-1", "train.beta: .*-1"),
+    ],
+)
+def test_changes_are_checked_where_the_form_starts_empty(tmp_path: Path, change: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"'mine': {said}") as caught:
+        read_file(_file(tmp_path, _entry("mine")), [change])
+    assert "required" not in str(caught.value), "what is left for the form is no fault"
+
+
 # --- builders and readers
+
+
+def _entry(name: str, **more: Any) -> dict[str, Any]:
+    """A deployment of train whose runs wait where no worker is."""
+    return {"name": name, "entrypoint": "flows.train.train", "work_pool": {"name": "elsewhere"}, **more}
+
+
+def _file(folder: Path, *entries: dict[str, Any], **more: Any) -> Path:
+    file = folder / "prefect.yaml"
+    file.write_text(yaml.safe_dump({"deployments": entries, **more}))
+    return file
+
+
+def _deploy(
+    api: httpx.Client, folder: Path, *entries_and_options: dict[str, Any] | str, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    entries = [each for each in entries_and_options if isinstance(each, dict)]
+    options = [each for each in entries_and_options if isinstance(each, str)]
+    env = environment(PREFECT_API_URL=_url(api), PREFECT_HOME=str(folder / "home"))
+    return prefsieve("deploy", "--file", _file(folder, *entries, **more), *options, env=env)
 
 
 def _fake_parameters(folder: Path, store: Path) -> dict[str, Any]:
@@ -257,8 +358,8 @@ def _url(api: httpx.Client) -> str:
     return str(api.base_url).rstrip("/")
 
 
-def _deployment(api: httpx.Client, flow: str) -> dict[str, Any]:
-    found = api.get(f"/deployments/name/{flow}/{flow}")
+def _deployment(api: httpx.Client, flow: str, name: str = "") -> dict[str, Any]:
+    found = api.get(f"/deployments/name/{flow}/{name or flow}")
     assert found.status_code == 200, found.text
     return dict(found.json())
 
