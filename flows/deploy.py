@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import keyword
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -38,7 +38,11 @@ from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.deployments.runner import RunnerDeployment
+
+
+_MOST_TOLD = 1000  # characters of an answer of the server
 
 
 class _Strict(BaseModel):
@@ -147,29 +151,31 @@ def deploy_all(file: Path, pool: str = "", changes: Sequence[str] = ()) -> None:
 
     pool: where all deployments are registered, in place of the pools that the file says.
     changes: FIELD=VALUE, for the parameters of all of them, such as the Ray cluster that their runs are handed to.
-    Raises ConfigError for a wrong file or wrong parameters, and when no Prefect server is configured or answers.
+    Raises ConfigError for a wrong file or wrong parameters, for a pool that nobody knows, and when no Prefect server is
+    configured or answers.
     """
     content = read_file(file, changes)
-    known = {one.name: one for one in content.definitions.work_pools}
-    if pool:
-        there = WorkPool(name=pool, job_variables=known[pool].job_variables if pool in known else {})
-        content = content.model_copy(
-            update={"deployments": [one.model_copy(update={"work_pool": there}) for one in content.deployments]}
-        )
-    pools = list(dict.fromkeys(deployment.work_pool.name for deployment in content.deployments))
+    declared = {one.name: one for one in content.definitions.work_pools}
+    own = [deployment.work_pool.name for deployment in content.deployments]
+    known = {name: NewPool(name=name, type="process") for name in own} | declared
+    deployments = [_in_pool(deployment, pool, declared) for deployment in content.deployments]
+    wanted = [pool] if pool else own
+    pools = {name: _new_pool(known[name], file) if name in known else None for name in dict.fromkeys(wanted)}
     with _server() as (client, url):
-        registrations = [_registration(deployment) for deployment in content.deployments]
+        registrations = [_registration(deployment) for deployment in deployments]
         for automation in content.automations:
             checked(automation, {})
         print(f"Prefect server {url}")
-        for name in pools:
-            new = known.get(name, NewPool(name=name, type="process"))
-            print(f"  work pool   {name} ({_ensure_pool(client, new, file.parent)})")
-        for deployment, registration in zip(content.deployments, registrations, strict=True):
-            _apply(registration)
+        for name, new in pools.items():
+            with _refusal_of(f"work pool {name!r}"):
+                print(f"  work pool   {name} ({_ensure_pool(client, name, new, known)})")
+        for deployment, registration in zip(deployments, registrations, strict=True):
+            with _refusal_of(f"deployment {deployment.name!r}"):
+                _apply(registration)
             print(", ".join([f"  deployment  {registration.full_name}", *deployment.starts()]))
         for automation in content.automations:
-            print(f"  automation  {automation.name} ({register(client, automation)})")
+            with _refusal_of(f"automation {automation.name!r}"):
+                print(f"  automation  {automation.name} ({register(client, automation)})")
     for name in pools:
         print(f"Start a worker where the runs should happen:  prefect worker start --pool {name}")
 
@@ -221,11 +227,40 @@ def _check_part(flow: str, values: dict[str, Any], path: Path) -> None:
             raise ConfigError(f"{path}: {told}") from error
 
 
+def _in_pool(deployment: Deployment, pool: str, declared: Mapping[str, NewPool]) -> Deployment:
+    """Registered in that pool, or its own where that is empty, with the job variables of all that are there."""
+    place = deployment.work_pool if pool in ("", deployment.work_pool.name) else WorkPool(name=pool)
+    shared = declared[place.name].job_variables if place.name in declared else {}
+    place = place.model_copy(update={"job_variables": {**shared, **place.job_variables}})
+    return deployment.model_copy(update={"work_pool": place})
+
+
+def _new_pool(pool: NewPool, file: Path) -> WorkPoolCreate:
+    """What it is made as. ConfigError for a template that cannot be read."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.workers.process import ProcessWorker
+
+    template = ProcessWorker.get_default_base_job_template()
+    if pool.base_job_template:
+        path = file.parent / pool.base_job_template
+        where = f"{file}: base_job_template of work pool {pool.name!r}: {path}"
+        try:
+            template = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"{where}: cannot be read: {error.strerror}; check the path, which is relative to the deployments file"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"{where}: is not JSON: {error}; correct the file") from error
+        if not isinstance(template, dict):
+            raise ConfigError(f"{where}: holds no JSON object; correct the file")
+    return WorkPoolCreate(name=pool.name, type=pool.type, base_job_template=template)
+
+
 @contextlib.contextmanager
 def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
-    """A client of the configured server; whatever is wrong with the connection comes out as a ConfigError."""
+    """A client of the configured server, which has answered; ConfigError where it does not."""
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import get_current_settings
 
     url = get_current_settings().api.url
@@ -234,10 +269,17 @@ def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
             "no Prefect server is configured; set PREFECT_API_URL, for example to http://127.0.0.1:4200/api "
             "(`prefect server start` starts one there)"
         )
+    with get_client(sync_client=True) as client:
+        _greet(client, url)
+        yield client, url
+
+
+def _greet(client: SyncPrefectClient, url: str) -> None:
+    """The first question to the server: what goes wrong here is the address, or the password."""
+    from prefect.exceptions import PrefectHTTPStatusError
+
     try:
-        with get_client(sync_client=True) as client:
-            client.api_version()  # unlike /health, not answered by Prefect's UI, nor without a password
-            yield client, url
+        client.api_version()  # unlike /health, not answered by Prefect's UI, nor without a password
     except httpx.TransportError as error:
         raise ConfigError(
             f"PREFECT_API_URL: no Prefect server answers at {url} ({error}); start it, or correct the URL"
@@ -250,19 +292,41 @@ def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
         raise ConfigError(f"PREFECT_API_URL: {url} answers with status {status}; {advice}") from error
 
 
-def _ensure_pool(client: SyncPrefectClient, pool: NewPool, folder: Path) -> str:
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectNotFound
-    from prefect.workers.process import ProcessWorker
+@contextlib.contextmanager
+def _refusal_of(what: str) -> Iterator[None]:
+    """What the server does not take comes out as a ConfigError, in the server's words."""
+    from prefect.deployments.runner import DeploymentApplyError
+    from prefect.exceptions import PrefectHTTPStatusError
 
     try:
-        return f"{client.read_work_pool(pool.name).type}, was there"
+        yield
+    except DeploymentApplyError as error:
+        raise ConfigError(f"{what} is refused by the server: {error}") from error
+    except PrefectHTTPStatusError as error:
+        answer: Any = error.response.text
+        with contextlib.suppress(ValueError):
+            answer = error.response.json()
+        if isinstance(answer, dict):
+            answer = answer.get("detail") or answer.get("exception_detail") or answer.get("exception_message") or answer
+        status = error.response.status_code
+        raise ConfigError(f"{what} is refused by the server (status {status}): {str(answer)[:_MOST_TOLD]}") from error
+
+
+def _ensure_pool(client: SyncPrefectClient, name: str, new: WorkPoolCreate | None, known: Iterable[str]) -> str:
+    """Make the pool when it is missing. new: none for one that must be there; known: names that the file has."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return f"{client.read_work_pool(name).type}, was there"
     except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
-        if pool.base_job_template:
-            template = json.loads((folder / pool.base_job_template).read_text(encoding="utf-8"))
-        client.create_work_pool(WorkPoolCreate(name=pool.name, type=pool.type, base_job_template=template))
-        return f"{pool.type}, created"
+        if not new:
+            there = sorted({*known, *(pool.name for pool in client.read_work_pools())})
+            raise ConfigError(
+                f"--pool {name!r}: there is no such work pool; there are: {', '.join(there)}; correct the name, or "
+                "declare it in definitions.work_pools of the deployments file"
+            ) from None
+        client.create_work_pool(new)
+        return f"{new.type}, created"
 
 
 def _registration(deployment: Deployment) -> RunnerDeployment:
@@ -316,13 +380,9 @@ def _triggers(deployment: Deployment) -> list[Any]:
 
 def _apply(registration: RunnerDeployment) -> None:
     from prefect.client.schemas.objects import VersionInfo
-    from prefect.deployments.runner import DeploymentApplyError
 
-    try:
-        # Told the version, Prefect does not go looking for a git remote to record.
-        registration.apply(version_info=VersionInfo(type="prefect:simple", version=_version()))
-    except DeploymentApplyError as error:
-        raise ConfigError(f"deployment {registration.name!r} is refused by the server: {error}") from error
+    # Told the version, Prefect does not go looking for a git remote to record.
+    registration.apply(version_info=VersionInfo(type="prefect:simple", version=_version()))
 
 
 def _version() -> str:

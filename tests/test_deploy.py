@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from prefect.workers.process import ProcessWorker
 
-from flows.deploy import read_file
+from flows.deploy import deploy_all, read_file
 from tasks.errors import ConfigError
 from tests.forms import drawn_as, remembered
 from tests.services import ROOT, environment, prefect_server, prefect_worker, prefsieve
@@ -316,6 +318,75 @@ def test_changes_are_checked_where_the_form_starts_empty(tmp_path: Path, change:
     with pytest.raises(ConfigError, match=f"'mine': {said}") as caught:
         read_file(_file(tmp_path, _entry("mine")), [change])
     assert "required" not in str(caught.value), "what is left for the form is no fault"
+
+
+# --- work pools
+
+
+def test_a_misspelt_pool_is_refused_with_the_names_that_there_are(api: httpx.Client, tmp_path: Path) -> None:
+    template = ProcessWorker.get_default_base_job_template()
+    there = {"name": "only-there", "type": "process", "base_job_template": template}
+    assert api.post("/work_pools/", json=there).status_code == 201
+    definitions = {"work_pools": [{"name": "declared", "type": "process"}]}
+    refused = _deploy(api, tmp_path, _entry("pooled"), "--pool", "only-tehre", definitions=definitions)
+    assert refused.returncode == 2
+    assert "--pool 'only-tehre'" in refused.stderr
+    assert re.search(r"there are: declared, elsewhere,.* only-there", refused.stderr)
+    assert api.get("/work_pools/only-tehre").status_code == 404
+    assert api.get("/deployments/name/train/pooled").status_code == 404
+    for known in ("declared", "only-there", "elsewhere"):
+        done = _deploy(api, tmp_path, _entry("pooled"), "--pool", known, definitions=definitions)
+        assert done.returncode == 0, done.stderr
+        assert _deployment(api, "train", "pooled")["work_pool_name"] == known
+
+
+def test_job_variables_of_a_pool_are_those_of_all_deployments_in_it(api: httpx.Client, tmp_path: Path) -> None:
+    shared = {"name": "shared", "type": "process", "job_variables": {"env": {"A": "1"}, "working_dir": "/"}}
+    own = {"name": "shared", "job_variables": {"working_dir": "."}}
+    for options in ([], ["--pool", "shared"]):
+        entries = [_entry("inside", work_pool=own), _entry(f"outside{len(options)}")]
+        done = _deploy(api, tmp_path, *entries, *options, definitions={"work_pools": [shared]})
+        assert done.returncode == 0, done.stderr
+        assert _deployment(api, "train", "inside")["job_variables"] == {"env": {"A": "1"}, "working_dir": "."}
+    assert _deployment(api, "train", "outside0")["job_variables"] == {}
+    assert _deployment(api, "train", "outside2")["job_variables"] == shared["job_variables"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory; check the path, which is relative to the deployments file"),
+        ('{"variables": }', "is not JSON: Expecting value: line 1 column 15"),
+        ("[]", "holds no JSON object"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_told_before_a_server_is_asked(
+    tmp_path: Path, content: str | None, said: str
+) -> None:
+    if content:
+        (tmp_path / "job.json").write_text(content)
+    pools = [{"name": "elsewhere", "type": "kubernetes", "base_job_template": "job.json"}]
+    file = _file(tmp_path, _entry("templated"), definitions={"work_pools": pools})
+    with pytest.raises(ConfigError) as caught:
+        deploy_all(file)
+    assert str(caught.value).startswith(
+        f"{file}: base_job_template of work pool 'elsewhere': {tmp_path / 'job.json'}: "
+    )
+    assert said in str(caught.value)
+
+
+def test_what_the_server_refuses_is_told_in_its_words_and_not_as_a_wrong_url(api: httpx.Client, tmp_path: Path) -> None:
+    reserved = _deploy(api, tmp_path, _entry("refused", work_pool={"name": "prefect-own"}))
+    assert reserved.returncode == 2
+    assert "work pool 'prefect-own' is refused by the server (status 403): Work pools starting with" in reserved.stderr
+    wrong = {"name": "elsewhere", "job_variables": {"env": 3}}
+    assert _deploy(api, tmp_path, _entry("there")).returncode == 0
+    for name in ("refused", "there"):  # made, and brought up to date
+        done = _deploy(api, tmp_path, _entry(name, work_pool=wrong))
+        assert done.returncode == 2
+        assert f"deployment '{name}' is refused by the server" in done.stderr
+        assert "3 is not of type 'object'" in done.stderr
+        assert "PREFECT_API" not in done.stderr + reserved.stderr
 
 
 # --- builders and readers
