@@ -29,7 +29,7 @@ class Automation(BaseModel):
 
     name: str
     description: str = ""
-    enabled: bool = True
+    enabled: bool = True  # left out, it stays as the UI has it
     trigger: dict[str, Any]
     actions: list[dict[str, Any]] = Field(min_length=1)
 
@@ -50,8 +50,10 @@ def register(client: SyncPrefectClient, automation: Automation) -> str:
     core = checked(automation, found)
     known = client.read_automations_by_name(automation.name)
     if known:
+        if "enabled" not in automation.model_fields_set:  # somebody may have switched it off in the UI
+            core = core.model_copy(update={"enabled": known[0].enabled})
         client.update_automation(known[0].id, core)
-        return "was there, brought up to date"
+        return "was there, brought up to date" if core.enabled else "was there, brought up to date, is switched off"
     client.create_automation(core)
     return "created"
 

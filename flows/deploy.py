@@ -2,8 +2,9 @@
 
 The file is a `prefect.yaml`. `prefect deploy` 3.7.7 would record the deployer's folder, or stop at a module entrypoint
 without a pull step; here flows are registered by module (`flows.curate.curate`) and nothing else, so a worker runs the
-code that is installed beside it. The work pool is made when it is missing, all is checked before the server is touched,
-and doing it again changes nothing.
+code that is installed beside it. Work pools are made when they are missing, schedules that the file has no more are
+removed, all is checked before the server is touched, and doing it again changes nothing: automations that somebody
+switched off in the UI stay off, unless the file says `enabled`.
 """
 
 from __future__ import annotations
@@ -171,8 +172,10 @@ def deploy_all(file: Path, pool: str = "", changes: Sequence[str] = ()) -> None:
                 print(f"  work pool   {name} ({_ensure_pool(client, name, new, known)})")
         for deployment, registration in zip(deployments, registrations, strict=True):
             with _refusal_of(f"deployment {deployment.name!r}"):
-                _apply(registration)
+                changed = _apply(client, registration)
             print(", ".join([f"  deployment  {registration.full_name}", *deployment.starts()]))
+            for line in changed:
+                print(f"  {line}")
         for automation in content.automations:
             with _refusal_of(f"automation {automation.name!r}"):
                 print(f"  automation  {automation.name} ({register(client, automation)})")
@@ -378,11 +381,34 @@ def _triggers(deployment: Deployment) -> list[Any]:
     return TypeAdapter(list[DeploymentTriggerTypes]).validate_python(deployment.triggers)
 
 
-def _apply(registration: RunnerDeployment) -> None:
+def _apply(client: SyncPrefectClient, registration: RunnerDeployment) -> list[str]:
+    """Register it. Returns lines about what the server had otherwise: triggers that are switched off stay so where the
+    file does not say `enabled`, schedules that the file has no more are removed."""
     from prefect.client.schemas.objects import VersionInfo
+    from prefect.exceptions import ObjectNotFound
 
+    told = []
+    triggers: list[Any] = registration.triggers
+    try:
+        before = client.read_deployment_by_name(registration.full_name)
+    except ObjectNotFound:
+        before = None
+    if before and triggers:  # Prefect makes their automations anew
+        automations = client.read_resource_related_automations(f"prefect.deployment.{before.id}")
+        off = {automation.name for automation in automations if not automation.enabled}
+        for trigger in triggers:
+            if trigger.name in off and "enabled" not in trigger.model_fields_set:
+                trigger.enabled = False
+                told.append(f"trigger     {trigger.name} was switched off, and stays so")
     # Told the version, Prefect does not go looking for a git remote to record.
     registration.apply(version_info=VersionInfo(type="prefect:simple", version=_version()))
+    if before:  # Prefect would keep them, and go on to start runs
+        slugs = {times.slug for times in registration.schedules or ()}
+        for times in (times for times in before.schedules if times.slug not in slugs):
+            with contextlib.suppress(ObjectNotFound):  # where one has no slug, Prefect has replaced all
+                client.delete_deployment_schedule(before.id, times.id)
+            told.append(f"schedule    {times.slug or times.schedule} removed")
+    return told
 
 
 def _version() -> str:

@@ -277,6 +277,16 @@ def test_a_missing_or_wrong_configuration_file_is_told_with_deployment_and_field
         read_file(_file(tmp_path, _entry("mine", parameters="own.yaml")))
 
 
+def test_a_schedule_that_is_taken_out_of_the_file_is_removed_from_the_server(api: httpx.Client, tmp_path: Path) -> None:
+    old, kept = ({"slug": slug, "cron": "0 2 * * *"} for slug in ("old", "kept"))
+    for times, removed in (([old, kept], []), ([kept], ["old"]), ([kept], []), ([], ["kept"])):
+        done = _deploy(api, tmp_path, _entry("nights", parameters=TRAINING, schedules=times))
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"schedule +(\S+) removed", done.stdout) == removed
+        there = _deployment(api, "train", "nights")["schedules"]
+        assert {each["slug"] for each in there} == {each["slug"] for each in times}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -389,6 +399,33 @@ def test_what_the_server_refuses_is_told_in_its_words_and_not_as_a_wrong_url(api
         assert "PREFECT_API" not in done.stderr + reserved.stderr
 
 
+# --- automations
+
+
+def test_what_was_switched_off_in_the_ui_stays_off_unless_the_file_says_otherwise(
+    api: httpx.Client, tmp_path: Path
+) -> None:
+    expected: dict[str, Any] = {"expect": ["prefsieve.subset.published"]}
+
+    def deploy(**said: Any) -> str:
+        trigger = {"name": "own-trigger", **expected, **said}
+        automation = {"name": "own-automation", "trigger": expected, "actions": [{"type": "do-nothing"}], **said}
+        done = _deploy(api, tmp_path, _entry("triggered", triggers=[trigger]), automations=[automation])
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "switched off" not in deploy()
+    assert _automations(api) == {"own-trigger": True, "own-automation": True}
+    for each in _own_automations(api):
+        _patch(api, f"/automations/{each['id']}", {"enabled": False})
+    told = deploy()
+    assert _automations(api) == {"own-trigger": False, "own-automation": False}
+    assert "own-automation (was there, brought up to date, is switched off)" in told
+    assert "own-trigger was switched off, and stays so" in told
+    assert "switched off" not in deploy(enabled=True)
+    assert _automations(api) == {"own-trigger": True, "own-automation": True}
+
+
 # --- builders and readers
 
 
@@ -410,6 +447,24 @@ def _deploy(
     options = [each for each in entries_and_options if isinstance(each, str)]
     env = environment(PREFECT_API_URL=_url(api), PREFECT_HOME=str(folder / "home"))
     return prefsieve("deploy", "--file", _file(folder, *entries, **more), *options, env=env)
+
+
+def _own_automations(api: httpx.Client) -> list[dict[str, Any]]:
+    return [each for each in api.post("/automations/filter", json={}).json() if each["name"].startswith("own-")]
+
+
+def _automations(api: httpx.Client) -> dict[str, bool]:
+    """Whether they are on, by name."""
+    return {each["name"]: each["enabled"] for each in _own_automations(api)}
+
+
+def _patch(api: httpx.Client, place: str, change: dict[str, Any]) -> None:
+    """As often as SQLite is locked."""
+    deadline = time.monotonic() + 120
+    while (answer := api.patch(place, json=change)).status_code == 503:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(1)
+    answer.raise_for_status()
 
 
 def _fake_parameters(folder: Path, store: Path) -> dict[str, Any]:
