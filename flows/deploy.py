@@ -35,6 +35,7 @@ from flows.automations import Automation, checked, register
 from flows.cli import FLOWS, describe_errors, parse
 from flows.form import folded, form
 from flows.values import load_values, read_yaml, set_value
+from tasks.config import RunConfig
 from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -201,12 +202,18 @@ def read_file(file: Path, changes: Sequence[str] = ()) -> _File:
 def _check(deployment: Deployment, changes: Sequence[str], where: str) -> None:
     """Apply the changes, and check what runs will get. Without parameters the form starts empty, for somebody to fill
     in, so that changes alone need not be whole."""
-    check = parse if deployment.parameters else _check_part
+    whole = bool(deployment.parameters)
     for change in changes:
         set_value(deployment.parameters, change)
-    check(deployment.flow, deployment.parameters, Path(where))
+    if whole:
+        deployment.parameters = _arguments(parse(deployment.flow, deployment.parameters, Path(where)))
+    else:
+        _check_part(deployment.flow, deployment.parameters, Path(where))
     for times in deployment.schedules:
-        parse(deployment.flow, {**deployment.parameters, **times.parameters}, Path(f"{where}, schedule {times.slug!r}"))
+        values = {**deployment.parameters, **times.parameters}
+        found = _arguments(parse(deployment.flow, values, Path(f"{where}, schedule {times.slug!r}")))
+        own = times.parameters.keys()
+        times.parameters = {name: value for name, value in found.items() if {name, name.rstrip("_")} & own}
     fields = FLOWS[deployment.flow].model_fields
     for trigger in deployment.triggers:
         given = trigger.get("parameters")
@@ -228,6 +235,12 @@ def _check_part(flow: str, values: dict[str, Any], path: Path) -> None:
         if wrong:
             told = describe_errors(ValidationError.from_exception_data(found.title, wrong))
             raise ConfigError(f"{path}: {told}") from error
+
+
+def _arguments(config: RunConfig) -> dict[str, Any]:
+    """What was set, as the flow is called and its form has it: `reward_scale: auto` is 0 there, `import` is no name."""
+    values = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in values.items()}
 
 
 def _in_pool(deployment: Deployment, pool: str, declared: Mapping[str, NewPool]) -> Deployment:
@@ -303,16 +316,20 @@ def _refusal_of(what: str) -> Iterator[None]:
 
     try:
         yield
-    except DeploymentApplyError as error:
-        raise ConfigError(f"{what} is refused by the server: {error}") from error
-    except PrefectHTTPStatusError as error:
-        answer: Any = error.response.text
-        with contextlib.suppress(ValueError):
-            answer = error.response.json()
-        if isinstance(answer, dict):
-            answer = answer.get("detail") or answer.get("exception_detail") or answer.get("exception_message") or answer
-        status = error.response.status_code
-        raise ConfigError(f"{what} is refused by the server (status {status}): {str(answer)[:_MOST_TOLD]}") from error
+    except (DeploymentApplyError, PrefectHTTPStatusError) as error:
+        answered = error.__cause__ if isinstance(error, DeploymentApplyError) else error
+        told = _words_of(answered.response) if isinstance(answered, PrefectHTTPStatusError) else str(error)
+        raise ConfigError(f"{what} is refused by the server: {told[:_MOST_TOLD]}") from error
+
+
+def _words_of(response: httpx.Response) -> str:
+    """The detail of Prefect's answer. What was wrong in a request comes as a list, with all of the request in it."""
+    try:
+        answer = response.json()
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in answer.get("exception_detail", []))
+        return str(answer.get("detail") or wrong or answer["exception_message"])
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return f"status {response.status_code}: {response.text}"
 
 
 def _ensure_pool(client: SyncPrefectClient, name: str, new: WorkPoolCreate | None, known: Iterable[str]) -> str:
@@ -353,9 +370,9 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
             description=deployment.description,
             tags=deployment.tags,
             triggers=_triggers(deployment),
-            schedules=[replace(times, parameters=folded(_arguments(times.parameters), drawn)) for times in schedules],
+            schedules=[replace(times, parameters=folded(times.parameters, drawn)) for times in schedules],
             concurrency_limit=ConcurrencyLimitConfig(**limit) if isinstance(limit, dict) else limit,
-            parameters=folded(_arguments(deployment.parameters), drawn),
+            parameters=folded(deployment.parameters, drawn),
             enforce_parameter_schema=deployment.enforce_parameter_schema,
             work_pool_name=deployment.work_pool.name,
             work_queue_name=deployment.work_pool.work_queue_name,
@@ -368,11 +385,6 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
     assert not isinstance(registration, Coroutine)  # it would be one inside an event loop only
     registration._parameter_openapi_schema = Form.model_validate(drawn)
     return registration
-
-
-def _arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """As the flow calls them: it cannot have an `import`."""
-    return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in values.items()}
 
 
 def _triggers(deployment: Deployment) -> list[Any]:

