@@ -29,7 +29,7 @@ class Automation(BaseModel):
 
     name: str
     description: str = ""
-    enabled: bool = True
+    enabled: bool = True  # left out, it stays as the UI has it
     trigger: dict[str, Any]
     actions: list[dict[str, Any]] = Field(min_length=1)
 
@@ -50,8 +50,12 @@ def register(client: SyncPrefectClient, automation: Automation) -> str:
     core = checked(automation, found)
     known = client.read_automations_by_name(automation.name)
     if known:
+        values = core.model_dump(mode="json", exclude={"owner_resource"})  # Prefect would leave defaults out
+        if "enabled" not in automation.model_fields_set:  # somebody may have switched it off in the UI
+            values["enabled"] = known[0].enabled
+        core = type(core).model_validate(values)
         client.update_automation(known[0].id, core)
-        return "was there, brought up to date"
+        return "was there, brought up to date" if core.enabled else "was there, brought up to date, is switched off"
     client.create_automation(core)
     return "created"
 

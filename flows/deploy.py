@@ -2,15 +2,17 @@
 
 The file is a `prefect.yaml`. `prefect deploy` 3.7.7 would record the deployer's folder, or stop at a module entrypoint
 without a pull step; here flows are registered by module (`flows.curate.curate`) and nothing else, so a worker runs the
-code that is installed beside it. The work pool is made when it is missing, all is checked before the server is touched,
-and doing it again changes nothing.
+code that is installed beside it. Work pools are made when they are missing, schedules that the file has no more are
+removed, all is checked before the server is touched, and doing it again changes nothing: automations that somebody
+switched off in the UI stay off, unless the file says `enabled`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Coroutine, Iterator, Sequence
+import keyword
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -18,17 +20,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from flows.automations import Automation, checked, register
 from flows.cli import FLOWS, describe_errors, parse
 from flows.form import folded, form
-from flows.values import read_yaml, set_value
+from flows.values import load_values, read_yaml, set_value
+from tasks.config import RunConfig
 from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.deployments.runner import RunnerDeployment
+
+
+_MOST_TOLD = 1000  # characters of an answer of the server
 
 
 class _Strict(BaseModel):
@@ -91,7 +107,21 @@ class Deployment(_Strict):
     triggers: list[dict[str, Any]] = []  # events that start a run
     concurrency_limit: int | dict[str, Any] | None = None
     enforce_parameter_schema: bool = True
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}  # or the name of a configuration file that has them, relative to this one
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _of_a_file(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return load_values(info.context / value, [], "")
+        except ConfigError as error:
+            raise ValueError(f"deployment {info.data.get('name')!r}: {error}") from error
+
+    @property
+    def flow(self) -> str:
+        return self.entrypoint.rsplit(".", 1)[-1]
 
     def starts(self) -> list[str]:
         """When runs begin by themselves, in words."""
@@ -123,55 +153,130 @@ def deploy_all(file: Path, pool: str = "", changes: Sequence[str] = ()) -> None:
 
     pool: where all deployments are registered, in place of the pools that the file says.
     changes: FIELD=VALUE, for the parameters of all of them, such as the Ray cluster that their runs are handed to.
-    Raises ConfigError for a wrong file or wrong parameters, and when no Prefect server is configured or answers.
+    Raises ConfigError for a wrong file or wrong parameters, for a pool that nobody knows, and when no Prefect server is
+    configured or answers.
     """
     content = read_file(file, changes)
-    known = {one.name: one for one in content.definitions.work_pools}
-    if pool:
-        there = WorkPool(name=pool, job_variables=known[pool].job_variables if pool in known else {})
-        content = content.model_copy(
-            update={"deployments": [one.model_copy(update={"work_pool": there}) for one in content.deployments]}
-        )
-    pools = list(dict.fromkeys(deployment.work_pool.name for deployment in content.deployments))
+    declared = {one.name: one for one in content.definitions.work_pools}
+    own = [deployment.work_pool.name for deployment in content.deployments]
+    known = {name: NewPool(name=name, type="process") for name in own} | declared
+    deployments = [_in_pool(deployment, pool, declared) for deployment in content.deployments]
+    wanted = [pool] if pool else own
+    pools = {name: _new_pool(known[name], file) if name in known else None for name in dict.fromkeys(wanted)}
     with _server() as (client, url):
-        registrations = [_registration(deployment) for deployment in content.deployments]
+        registrations = [_registration(deployment) for deployment in deployments]
         for automation in content.automations:
             checked(automation, {})
         print(f"Prefect server {url}")
-        for name in pools:
-            new = known.get(name, NewPool(name=name, type="process"))
-            print(f"  work pool   {name} ({_ensure_pool(client, new, file.parent)})")
-        for deployment, registration in zip(content.deployments, registrations, strict=True):
-            _apply(registration)
+        for name, new in pools.items():
+            with _refusal_of(f"work pool {name!r}"):
+                print(f"  work pool   {name} ({_ensure_pool(client, name, new, known)})")
+        for deployment, registration in zip(deployments, registrations, strict=True):
+            with _refusal_of(f"deployment {deployment.name!r}"):
+                changed = _apply(client, registration)
             print(", ".join([f"  deployment  {registration.full_name}", *deployment.starts()]))
+            for line in changed:
+                print(f"  {line}")
         for automation in content.automations:
-            print(f"  automation  {automation.name} ({register(client, automation)})")
+            with _refusal_of(f"automation {automation.name!r}"):
+                print(f"  automation  {automation.name} ({register(client, automation)})")
     for name in pools:
         print(f"Start a worker where the runs should happen:  prefect worker start --pool {name}")
 
 
 def read_file(file: Path, changes: Sequence[str] = ()) -> _File:
-    """The file; its parameters have passed the flows' own checks, so that neither schedule nor trigger starts a wrong
-    run."""
+    """The file. Its parameters and those of its schedules have passed the flows' own checks. What a trigger fills in is
+    known once there is an event: of that, the names have."""
+    raw = read_yaml(file)
     try:
-        content = _File.model_validate(read_yaml(file))
+        content = _File.model_validate(raw, context=file.parent)
     except ValidationError as error:
         raise ConfigError(f"{file}: {describe_errors(error)}") from error
-    for deployment in content.deployments:
-        runs_as_it_is = deployment.parameters or deployment.schedules
-        for change in changes:
-            set_value(deployment.parameters, change)
-        if runs_as_it_is:
-            where = Path(f"{file}: parameters of deployment {deployment.name!r}")
-            parse(deployment.entrypoint.rsplit(".", 1)[-1], deployment.parameters, where)
+    for deployment, entry in zip(content.deployments, raw["deployments"], strict=True):
+        given = entry.get("parameters")
+        source = f" ({file.parent / given})" if isinstance(given, str) else ""
+        _check(deployment, changes, f"{file}: parameters of deployment {deployment.name!r}{source}")
     return content
+
+
+def _check(deployment: Deployment, changes: Sequence[str], where: str) -> None:
+    """Apply the changes, and check what runs will get. Without parameters the form starts empty, for somebody to fill
+    in, so that changes alone need not be whole."""
+    whole = bool(deployment.parameters)
+    for change in changes:
+        set_value(deployment.parameters, change)
+    if whole:
+        deployment.parameters = _arguments(parse(deployment.flow, deployment.parameters, Path(where)))
+    else:
+        _check_part(deployment.flow, deployment.parameters, Path(where))
+    for times in deployment.schedules:
+        values = {**deployment.parameters, **times.parameters}
+        found = _arguments(parse(deployment.flow, values, Path(f"{where}, schedule {times.slug!r}")))
+        own = times.parameters.keys()
+        times.parameters = {name: value for name, value in found.items() if {name, name.rstrip("_")} & own}
+    fields = FLOWS[deployment.flow].model_fields
+    for trigger in deployment.triggers:
+        given = trigger.get("parameters")
+        for name in given if isinstance(given, dict) else ():
+            if name not in fields:
+                which = f"trigger {trigger.get('name', '')!r}"
+                raise ConfigError(f"{where}, {which}: {name}: no such field; there are: {', '.join(fields)}")
+
+
+def _check_part(flow: str, values: dict[str, Any], path: Path) -> None:
+    """Like parse, but fields may be missing."""
+    try:
+        parse(flow, values, path)
+    except ConfigError as error:
+        found = error.__cause__
+        if not isinstance(found, ValidationError):
+            raise
+        wrong: list[Any] = [each for each in found.errors() if each["loc"] and each["type"] != "missing"]
+        if wrong:
+            told = describe_errors(ValidationError.from_exception_data(found.title, wrong))
+            raise ConfigError(f"{path}: {told}") from error
+
+
+def _arguments(config: RunConfig) -> dict[str, Any]:
+    """What was set, as the flow is called and its form has it: `reward_scale: auto` is 0 there, `import` is no name."""
+    values = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in values.items()}
+
+
+def _in_pool(deployment: Deployment, pool: str, declared: Mapping[str, NewPool]) -> Deployment:
+    """Registered in that pool, or its own where that is empty, with the job variables of all that are there."""
+    place = deployment.work_pool if pool in ("", deployment.work_pool.name) else WorkPool(name=pool)
+    shared = declared[place.name].job_variables if place.name in declared else {}
+    place = place.model_copy(update={"job_variables": {**shared, **place.job_variables}})
+    return deployment.model_copy(update={"work_pool": place})
+
+
+def _new_pool(pool: NewPool, file: Path) -> WorkPoolCreate:
+    """What it is made as. ConfigError for a template that cannot be read."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.workers.process import ProcessWorker
+
+    template = ProcessWorker.get_default_base_job_template()
+    if pool.base_job_template:
+        path = file.parent / pool.base_job_template
+        where = f"{file}: base_job_template of work pool {pool.name!r}: {path}"
+        try:
+            template = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"{where}: cannot be read: {error.strerror}; check the path, which is relative to the deployments file"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"{where}: is not JSON: {error}; correct the file") from error
+        if not isinstance(template, dict):
+            raise ConfigError(f"{where}: holds no JSON object; correct the file")
+    return WorkPoolCreate(name=pool.name, type=pool.type, base_job_template=template)
 
 
 @contextlib.contextmanager
 def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
-    """A client of the configured server; whatever is wrong with the connection comes out as a ConfigError."""
+    """A client of the configured server, which has answered; ConfigError where it does not."""
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import get_current_settings
 
     url = get_current_settings().api.url
@@ -180,10 +285,17 @@ def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
             "no Prefect server is configured; set PREFECT_API_URL, for example to http://127.0.0.1:4200/api "
             "(`prefect server start` starts one there)"
         )
+    with get_client(sync_client=True) as client:
+        _greet(client, url)
+        yield client, url
+
+
+def _greet(client: SyncPrefectClient, url: str) -> None:
+    """The first question to the server: what goes wrong here is the address, or the password."""
+    from prefect.exceptions import PrefectHTTPStatusError
+
     try:
-        with get_client(sync_client=True) as client:
-            client.api_version()  # unlike /health, not answered by Prefect's UI, nor without a password
-            yield client, url
+        client.api_version()  # unlike /health, not answered by Prefect's UI, nor without a password
     except httpx.TransportError as error:
         raise ConfigError(
             f"PREFECT_API_URL: no Prefect server answers at {url} ({error}); start it, or correct the URL"
@@ -196,19 +308,45 @@ def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
         raise ConfigError(f"PREFECT_API_URL: {url} answers with status {status}; {advice}") from error
 
 
-def _ensure_pool(client: SyncPrefectClient, pool: NewPool, folder: Path) -> str:
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectNotFound
-    from prefect.workers.process import ProcessWorker
+@contextlib.contextmanager
+def _refusal_of(what: str) -> Iterator[None]:
+    """What the server does not take comes out as a ConfigError, in the server's words."""
+    from prefect.deployments.runner import DeploymentApplyError
+    from prefect.exceptions import PrefectHTTPStatusError
 
     try:
-        return f"{client.read_work_pool(pool.name).type}, was there"
+        yield
+    except (DeploymentApplyError, PrefectHTTPStatusError) as error:
+        answered = error.__cause__ if isinstance(error, DeploymentApplyError) else error
+        told = _words_of(answered.response) if isinstance(answered, PrefectHTTPStatusError) else str(error)
+        raise ConfigError(f"{what} is refused by the server: {told[:_MOST_TOLD]}") from error
+
+
+def _words_of(response: httpx.Response) -> str:
+    """The detail of Prefect's answer. What was wrong in a request comes as a list, with all of the request in it."""
+    try:
+        answer = response.json()
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in answer.get("exception_detail", []))
+        return str(answer.get("detail") or wrong or answer["exception_message"])
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return f"status {response.status_code}: {response.text}"
+
+
+def _ensure_pool(client: SyncPrefectClient, name: str, new: WorkPoolCreate | None, known: Iterable[str]) -> str:
+    """Make the pool when it is missing. new: none for one that must be there; known: names that the file has."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return f"{client.read_work_pool(name).type}, was there"
     except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
-        if pool.base_job_template:
-            template = json.loads((folder / pool.base_job_template).read_text(encoding="utf-8"))
-        client.create_work_pool(WorkPoolCreate(name=pool.name, type=pool.type, base_job_template=template))
-        return f"{pool.type}, created"
+        if not new:
+            there = sorted({*known, *(pool.name for pool in client.read_work_pools())})
+            raise ConfigError(
+                f"--pool {name!r}: there is no such work pool; there are: {', '.join(there)}; correct the name, or "
+                "declare it in definitions.work_pools of the deployments file"
+            ) from None
+        client.create_work_pool(new)
+        return f"{new.type}, created"
 
 
 def _registration(deployment: Deployment) -> RunnerDeployment:
@@ -222,7 +360,7 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
         allOf: list[dict[str, Any]] = []
 
     limit = deployment.concurrency_limit
-    model = FLOWS[deployment.entrypoint.rsplit(".", 1)[-1]].__name__
+    model = FLOWS[deployment.flow].__name__
     flow: Any = load_flow_from_entrypoint(deployment.entrypoint)
     drawn = form(parameter_schema(flow).model_dump(), model)
     schedules = [Schedule(**times.model_dump(exclude_none=True)) for times in deployment.schedules]
@@ -255,15 +393,34 @@ def _triggers(deployment: Deployment) -> list[Any]:
     return TypeAdapter(list[DeploymentTriggerTypes]).validate_python(deployment.triggers)
 
 
-def _apply(registration: RunnerDeployment) -> None:
+def _apply(client: SyncPrefectClient, registration: RunnerDeployment) -> list[str]:
+    """Register it. Returns lines about what the server had otherwise: triggers that are switched off stay so where the
+    file does not say `enabled`, schedules that the file has no more are removed."""
     from prefect.client.schemas.objects import VersionInfo
-    from prefect.deployments.runner import DeploymentApplyError
+    from prefect.exceptions import ObjectNotFound
 
+    told = []
+    triggers: list[Any] = registration.triggers
     try:
-        # Told the version, Prefect does not go looking for a git remote to record.
-        registration.apply(version_info=VersionInfo(type="prefect:simple", version=_version()))
-    except DeploymentApplyError as error:
-        raise ConfigError(f"deployment {registration.name!r} is refused by the server: {error}") from error
+        before = client.read_deployment_by_name(registration.full_name)
+    except ObjectNotFound:
+        before = None
+    if before and triggers:  # Prefect makes their automations anew
+        automations = client.read_resource_related_automations(f"prefect.deployment.{before.id}")
+        off = {automation.name for automation in automations if not automation.enabled}
+        for trigger in triggers:
+            if trigger.name in off and "enabled" not in trigger.model_fields_set:
+                trigger.enabled = False
+                told.append(f"trigger     {trigger.name} was switched off, and stays so")
+    # Told the version, Prefect does not go looking for a git remote to record.
+    registration.apply(version_info=VersionInfo(type="prefect:simple", version=_version()))
+    if before:  # Prefect would keep them, and go on to start runs
+        slugs = {times.slug for times in registration.schedules or ()}
+        for times in (times for times in before.schedules if times.slug not in slugs):
+            with contextlib.suppress(ObjectNotFound):  # where one has no slug, Prefect has replaced all
+                client.delete_deployment_schedule(before.id, times.id)
+            told.append(f"schedule    {times.slug or times.schedule} removed")
+    return told
 
 
 def _version() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -14,12 +15,18 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
+from prefect.workers.process import ProcessWorker
 
+from flows.deploy import deploy_all, read_file
+from tasks.errors import ConfigError
 from tests.forms import drawn_as, remembered
-from tests.services import environment, prefect_server, prefect_worker, prefsieve
+from tests.services import ROOT, environment, prefect_server, prefect_worker, prefsieve
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 RUN = 240.0  # seconds; a run takes about 30 on two idle cores
+TRAINING = {"name": "policy", "subset": "half", "policy": {"model": "m"}}
+NIGHT = {"slug": "night", "cron": "0 2 * * *"}
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +244,228 @@ def test_deploy_refuses_a_missing_file_and_wrong_parameters(tmp_path: Path) -> N
     assert "ray_adress" in done.stderr
 
 
+# --- a file of one's own
+
+
+def test_parameters_may_be_the_name_of_a_configuration_file_beside_it(api: httpx.Client, tmp_path: Path) -> None:
+    configuration = (ROOT / "configs" / "import" / "long.yaml").read_text()
+    (tmp_path / "long.yaml").write_text(configuration)
+    done = _deploy(api, tmp_path, _entry("named", entrypoint="flows.curate.curate", parameters="long.yaml"))
+    assert done.returncode == 0, done.stderr
+    deployment = _deployment(api, "curate", "named")
+    expected = yaml.safe_load(configuration)
+    assert deployment["parameters"]["import_"]["source"] == expected["import"]["source"]
+    assert len(deployment["parameters"]) == len(expected)
+    assert expected["pair"][0]["reward_scale"] == "auto"  # for which the form has a number
+    asked = {"schema": remembered(deployment["parameter_openapi_schema"]), "values": deployment["parameters"]}
+    assert api.post("/ui/schemas/validate", json=asked).json() == {"errors": [], "valid": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"deployments.0.parameters: deployment 'mine': \S+/own.yaml: cannot be read: No such file"),
+        ("- 1", r"deployment 'mine': \S+/own.yaml: a configuration is a mapping"),
+        ("{name: a, subset: b, policy: {model: m}, train: {beta: -1}}", r"'mine' \(\S+/own.yaml\): train.beta: .*-1"),
+    ],
+)
+def test_a_missing_or_wrong_configuration_file_is_told_with_deployment_and_field(
+    tmp_path: Path, content: str | None, said: str
+) -> None:
+    if content:
+        (tmp_path / "own.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        read_file(_file(tmp_path, _entry("mine", parameters="own.yaml")))
+
+
+def test_a_schedule_that_is_taken_out_of_the_file_is_removed_from_the_server(api: httpx.Client, tmp_path: Path) -> None:
+    old, kept = ({"slug": slug, "cron": "0 2 * * *"} for slug in ("old", "kept"))
+    for times, removed in (([old, kept], []), ([kept], ["old"]), ([kept], []), ([], ["kept"])):
+        done = _deploy(api, tmp_path, _entry("nights", parameters=TRAINING, schedules=times))
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"schedule +(\S+) removed", done.stdout) == removed
+        there = _deployment(api, "train", "nights")["schedules"]
+        assert {each["slug"] for each in there} == {each["slug"] for each in times}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"schedules": [{**NIGHT, "parameters": {"train": {"beta": -1}}}]},
+            r"'mine', schedule 'night': train.beta: .*-1",
+        ),
+        ({"schedules": [{**NIGHT, "parameters": {"subst": "b"}}]}, r"schedule 'night': subst: no such field"),
+        ({"parameters": {}, "schedules": [NIGHT]}, r"schedule 'night': name: this field is required"),
+        (
+            {"triggers": [{"name": "after", "expect": ["x"], "parameters": {"subst": "{{ event.payload.version }}"}}]},
+            r"'mine', trigger 'after': subst: no such field; there are: .*subset",
+        ),
+        ({"entrypoint": "flows.nothing.nothing", "parameters": {}}, "no flow 'nothing'"),
+    ],
+)
+def test_what_would_start_a_wrong_run_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    whole = {"parameters": TRAINING}
+    with pytest.raises(ConfigError, match=said):
+        read_file(_file(tmp_path, _entry("mine", **{**whole, **changes})))
+
+
+def test_a_schedule_may_bring_what_the_form_leaves_open(tmp_path: Path) -> None:
+    file = _file(tmp_path, _entry("mine", schedules=[{**NIGHT, "parameters": TRAINING}]))
+    [deployment] = read_file(file, ["ray_address=http://ray:8265", "train.beta=0.2"]).deployments
+    assert deployment.parameters == {"ray_address": "http://ray:8265", "train": {"beta": 0.2}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("ray_adress=http://ray:8265", "ray_adress: no such field"),
+        ("ray_address=ray", "ray_address: give local, auto"),
+        ("policy.gpu=1", "policy.gpu: no such field"),
+        ("train.beta=-1", "train.beta: .*-1"),
+    ],
+)
+def test_changes_are_checked_where_the_form_starts_empty(tmp_path: Path, change: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"'mine': {said}") as caught:
+        read_file(_file(tmp_path, _entry("mine")), [change])
+    assert "required" not in str(caught.value), "what is left for the form is no fault"
+
+
+# --- work pools
+
+
+def test_a_misspelt_pool_is_refused_with_the_names_that_there_are(api: httpx.Client, tmp_path: Path) -> None:
+    template = ProcessWorker.get_default_base_job_template()
+    there = {"name": "only-there", "type": "process", "base_job_template": template}
+    assert api.post("/work_pools/", json=there).status_code == 201
+    definitions = {"work_pools": [{"name": "declared", "type": "process"}]}
+    refused = _deploy(api, tmp_path, _entry("pooled"), "--pool", "only-tehre", definitions=definitions)
+    assert refused.returncode == 2
+    assert "--pool 'only-tehre'" in refused.stderr
+    assert re.search(r"there are: declared, elsewhere,.* only-there", refused.stderr)
+    assert api.get("/work_pools/only-tehre").status_code == 404
+    assert api.get("/deployments/name/train/pooled").status_code == 404
+    for known in ("declared", "only-there", "elsewhere"):
+        done = _deploy(api, tmp_path, _entry("pooled"), "--pool", known, definitions=definitions)
+        assert done.returncode == 0, done.stderr
+        assert _deployment(api, "train", "pooled")["work_pool_name"] == known
+
+
+def test_job_variables_of_a_pool_are_those_of_all_deployments_in_it(api: httpx.Client, tmp_path: Path) -> None:
+    shared = {"name": "shared", "type": "process", "job_variables": {"env": {"A": "1"}, "working_dir": "/"}}
+    own = {"name": "shared", "job_variables": {"working_dir": "."}}
+    for options in ([], ["--pool", "shared"]):
+        entries = [_entry("inside", work_pool=own), _entry(f"outside{len(options)}")]
+        done = _deploy(api, tmp_path, *entries, *options, definitions={"work_pools": [shared]})
+        assert done.returncode == 0, done.stderr
+        assert _deployment(api, "train", "inside")["job_variables"] == {"env": {"A": "1"}, "working_dir": "."}
+    assert _deployment(api, "train", "outside0")["job_variables"] == {}
+    assert _deployment(api, "train", "outside2")["job_variables"] == shared["job_variables"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory; check the path, which is relative to the deployments file"),
+        ('{"variables": }', "is not JSON: Expecting value: line 1 column 15"),
+        ("[]", "holds no JSON object"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_told_before_a_server_is_asked(
+    tmp_path: Path, content: str | None, said: str
+) -> None:
+    if content:
+        (tmp_path / "job.json").write_text(content)
+    pools = [{"name": "elsewhere", "type": "kubernetes", "base_job_template": "job.json"}]
+    file = _file(tmp_path, _entry("templated"), definitions={"work_pools": pools})
+    with pytest.raises(ConfigError) as caught:
+        deploy_all(file)
+    assert str(caught.value).startswith(
+        f"{file}: base_job_template of work pool 'elsewhere': {tmp_path / 'job.json'}: "
+    )
+    assert said in str(caught.value)
+
+
+def test_what_the_server_refuses_is_told_in_its_words_and_not_as_a_wrong_url(api: httpx.Client, tmp_path: Path) -> None:
+    reserved = _deploy(api, tmp_path, _entry("refused", work_pool={"name": "prefect-own"}))
+    assert reserved.returncode == 2
+    assert "work pool 'prefect-own' is refused by the server: Work pools starting with" in reserved.stderr
+    wrong = {"name": "elsewhere", "job_variables": {"env": 3}}
+    assert _deploy(api, tmp_path, _entry("there")).returncode == 0
+    for name in ("refused", "there"):  # made, and brought up to date
+        done = _deploy(api, tmp_path, _entry(name, work_pool=wrong))
+        assert done.returncode == 2
+        assert f"deployment '{name}' is refused by the server" in done.stderr
+        assert "3 is not " in done.stderr
+        assert "PREFECT_API" not in done.stderr + reserved.stderr
+
+
+# --- automations
+
+
+def test_what_was_switched_off_in_the_ui_stays_off_unless_the_file_says_otherwise(
+    api: httpx.Client, tmp_path: Path
+) -> None:
+    expected: dict[str, Any] = {"expect": ["prefsieve.subset.published"]}
+
+    def deploy(**said: Any) -> str:
+        trigger = {"name": "own-trigger", **expected, **said}
+        automation = {"name": "own-automation", "trigger": expected, "actions": [{"type": "do-nothing"}], **said}
+        done = _deploy(api, tmp_path, _entry("triggered", triggers=[trigger]), automations=[automation])
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "switched off" not in deploy()
+    assert _automations(api) == {"own-trigger": True, "own-automation": True}
+    for each in _own_automations(api):
+        _patch(api, f"/automations/{each['id']}", {"enabled": False})
+    told = deploy()
+    assert _automations(api) == {"own-trigger": False, "own-automation": False}
+    assert "own-automation (was there, brought up to date, is switched off)" in told
+    assert "own-trigger was switched off, and stays so" in told
+    assert "switched off" not in deploy(enabled=True)
+    assert _automations(api) == {"own-trigger": True, "own-automation": True}
+
+
 # --- builders and readers
+
+
+def _entry(name: str, **more: Any) -> dict[str, Any]:
+    """A deployment of train whose runs wait where no worker is."""
+    return {"name": name, "entrypoint": "flows.train.train", "work_pool": {"name": "elsewhere"}, **more}
+
+
+def _file(folder: Path, *entries: dict[str, Any], **more: Any) -> Path:
+    file = folder / "prefect.yaml"
+    file.write_text(yaml.safe_dump({"deployments": entries, **more}))
+    return file
+
+
+def _deploy(
+    api: httpx.Client, folder: Path, *entries_and_options: dict[str, Any] | str, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    entries = [each for each in entries_and_options if isinstance(each, dict)]
+    options = [each for each in entries_and_options if isinstance(each, str)]
+    env = environment(PREFECT_API_URL=_url(api), PREFECT_HOME=str(folder / "home"))
+    return prefsieve("deploy", "--file", _file(folder, *entries, **more), *options, env=env)
+
+
+def _own_automations(api: httpx.Client) -> list[dict[str, Any]]:
+    return [each for each in api.post("/automations/filter", json={}).json() if each["name"].startswith("own-")]
+
+
+def _automations(api: httpx.Client) -> dict[str, bool]:
+    """Whether they are on, by name."""
+    return {each["name"]: each["enabled"] for each in _own_automations(api)}
+
+
+def _patch(api: httpx.Client, place: str, change: dict[str, Any]) -> None:
+    """As often as SQLite is locked."""
+    deadline = time.monotonic() + 120
+    while (answer := api.patch(place, json=change)).status_code == 503:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(1)
+    answer.raise_for_status()
 
 
 def _fake_parameters(folder: Path, store: Path) -> dict[str, Any]:
@@ -257,8 +485,8 @@ def _url(api: httpx.Client) -> str:
     return str(api.base_url).rstrip("/")
 
 
-def _deployment(api: httpx.Client, flow: str) -> dict[str, Any]:
-    found = api.get(f"/deployments/name/{flow}/{flow}")
+def _deployment(api: httpx.Client, flow: str, name: str = "") -> dict[str, Any]:
+    found = api.get(f"/deployments/name/{flow}/{name or flow}")
     assert found.status_code == 200, found.text
     return dict(found.json())
 

@@ -72,7 +72,8 @@ def test_a_schedule_fires_what_it_published_is_trained_on_and_a_failure_is_told(
 
             training = ended(api, wait_for(lambda: next(iter(runs(api, "train")), None))["id"])
             assert training["state"]["type"] == "COMPLETED", training["state"]
-            assert training["parameters"]["subset"] == f"pvar-top@{version['version']}"
+            assert training["parameters"]["subset"] == f"nightly@{version['version']}"
+            assert training["parameters"]["store"] == str(store), "the worker's own is another"
             assert training["parameters"]["name"] == "tiny"
 
             once_more = ended(api, start(api, "curate", {})["id"])
@@ -118,14 +119,14 @@ def test_a_wrong_automation_is_refused_before_anything_is_registered(prefect_api
 def deployments(folder: Path, store: Path, models: TinyModels) -> dict[str, Any]:
     """The shipped file's, with small parameters and a schedule that does not wait for the night."""
     source = write_jsonl(folder / "prompts.jsonl", prompts(12))
-    subset = [{"name": "pvar-top", "steps": [{"rank": "pvar", "fraction": 0.5}]}]
+    subset = [{"name": "nightly", "steps": [{"rank": "pvar", "fraction": 0.5}]}]
     values = curate_values(source, subset=subset, ingest={"source": str(source)})
-    training = {"name": "tiny", "subset": "pvar-top", "policy": {"model": str(models.generator), "cpus": 1}}
-    parameters = {"curate": values, "train": {**training, "train": TRAIN}}
+    training = {"name": "tiny", "subset": "nightly", "policy": {"model": str(models.generator), "cpus": 1}}
+    parameters = {"curate": {**values, "store": str(store)}, "train": {**training, "train": TRAIN}}
     soon = {"slug": "nightly", "interval": 20}
     entries = [entry for entry in SHIPPED["deployments"] if entry["name"] in parameters]
     for entry in entries:
-        entry |= {"parameters": {**parameters[entry["name"]], "store": str(store)}}
+        entry |= {"parameters": parameters[entry["name"]]}
         entry |= {"schedules": [soon]} if entry["schedules"] else {}
     return {"deployments": entries, "automations": SHIPPED["automations"]}
 

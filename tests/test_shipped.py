@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,27 @@ def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
 
 
 @pytest.mark.parametrize("flow", ["curate", "train", "evaluate"])
-def test_the_form_starts_with_the_small_worlds_configuration(flow: str) -> None:
-    [deployed] = [each for each in DEPLOYED if each.name == flow]
-    assert deployed.parameters == load_values(ROOT / "configs" / "tinyworld" / f"{flow}.yaml", [], "")
+def test_the_form_starts_with_the_small_worlds_configuration_under_names_of_its_own(flow: str) -> None:
+    expected = load_values(ROOT / "configs" / "tinyworld" / f"{flow}.yaml", [], "")
+    renamed = json.dumps(expected).replace("tinyworld-dpo", "nightly-dpo").replace('"pvar-top"', '"nightly"')
+    own = {"subset": parameters("curate")["subset"]} if flow == "curate" else {}
+    assert parameters(flow) == {**json.loads(renamed), **own}
+
+
+def test_what_is_published_by_night_is_new_after_the_demo_is_trained_on_and_evaluated() -> None:
+    demo = load_values(ROOT / "configs" / "tinyworld" / "curate.yaml", [], "")
+    nightly, former = (parse("curate", values, Path()) for values in (parameters("curate"), demo))
+    names, taken = ({name for each in config.subset for name in each.names()} for config in (nightly, former))
+    assert not names & taken
+    training = parameters("train")
+    assert training["subset"] in names
+    [[trigger]] = [each.triggers for each in DEPLOYED if each.name == "train"]
+    assert trigger["match"] == {"prefect.resource.id": f"prefsieve.subset.{training['subset']}"}
+    assert parameters("evaluate")["generate"]["generators"][0]["model"] == f"policy:{training['name']}"
 
 
 def test_the_form_of_an_experiment_starts_with_the_one_on_pvar() -> None:
-    [deployed] = [each for each in DEPLOYED if each.name == "experiment"]
-    assert deployed.parameters == load_values(ROOT / "configs" / "experiments" / "pvar.yaml", [], "")
+    assert parameters("experiment") == load_values(ROOT / "configs" / "experiments" / "pvar.yaml", [], "")
 
 
 def test_the_deployments_file_is_one_that_prefect_takes_and_pulls_nothing() -> None:
@@ -53,6 +67,11 @@ def test_the_deployments_file_is_one_that_prefect_takes_and_pulls_nothing() -> N
     content = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
     PrefectYamlModel.model_validate(content)
     assert content["pull"] == [], "with null Prefect would record the deployer's folder"
+
+
+def parameters(name: str) -> dict[str, Any]:
+    [deployed] = [each for each in DEPLOYED if each.name == name]
+    return deployed.parameters
 
 
 def _accepts(flow: str, values: dict[str, Any], path: Path) -> bool:

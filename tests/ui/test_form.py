@@ -82,7 +82,7 @@ def test_two_changed_fields_make_a_run_that_completes_and_shows_them_in_its_arti
     picture("counts")
     open_artifact(page, "curate-report")
     expect(page.get_by_text("the top 50 % by pvar").first).to_be_visible()
-    expect(page.get_by_text("the bottom 25 % by pvar").first).to_be_visible()
+    expect(page.get_by_text("the bottom 50 % by pvar").first).to_be_visible()
     picture("report")
 
 
@@ -114,7 +114,7 @@ def test_values_that_do_not_go_together_are_refused_by_the_run_in_words(page: Pa
     page.get_by_text("Details", exact=True).click()
     page.get_by_text("See More").click()
     expect(
-        page.get_by_text(re.compile("ConfigError: subset 'pvar-top': pairs: 'on-polcy' is not one of on-policy,")).last
+        page.get_by_text(re.compile("ConfigError: subset 'nightly': pairs: 'on-polcy' is not one of on-policy,")).last
     ).to_be_visible()
     picture("failed")
 
