@@ -29,7 +29,7 @@ PAGES = [
 # What a line of an indented block must begin with to be a command; blocks also hold output, formulas and drawings.
 A_COMMAND = re.compile(
     r"(aws|cat|cd|cp|curl|docker|du|export|find|git|grep|kubectl|make|openssl|pip|prefect|prefsieve|pytest|python3?|ray|rm"
-    r"|sudo|tar|uv|\.venv/bin/\S+)( |$)"
+    r"|sudo|tar|unset|uv|\.venv/bin/\S+)( |$)"
 )
 SHELLS = ("bash", "console", "sh", "shell")  # of fenced blocks, in which every line is one
 
@@ -40,18 +40,21 @@ class Told:
 
     page: str
     text: str
-    store: str = ""  # PREFSIEVE_STORE, where the page exports it
+    store: str = ""  # PREFSIEVE_STORE, as the page has exported it so far
 
     @property
     def words(self) -> list[str]:
         return shlex.split(self.text)
 
 
-def commands_of(page: Path) -> list[Told]:
-    lines = list(_lines_of(page))
-    exported = [word for line in lines if line.startswith("export ") for word in shlex.split(line)]
-    stores = [word.partition("=")[2] for word in exported if word.startswith("PREFSIEVE_STORE=")]
-    return [Told(str(page.relative_to(ROOT)), line, "".join(stores)) for line in lines]
+def commands_of(page: Path) -> Iterator[Told]:
+    store = ""
+    for line in _lines_of(page):
+        if exported := re.match(r"export (?:.* )?PREFSIEVE_STORE=(\S+)", line):
+            store = exported[1]
+        elif line == "unset PREFSIEVE_STORE":
+            store = ""
+        yield Told(str(page.relative_to(ROOT)), line, store)
 
 
 def _lines_of(page: Path) -> Iterator[str]:

@@ -6,8 +6,10 @@ import doctest
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import yaml
 
 from flows.cli import FLOWS, load_values
+from flows.deploy import read_file
 from flows.doctor import plan
 from flows.markdown import plan_markdown
 from tasks.config import METRICS, Control, CurateConfig, EvaluateConfig
@@ -182,3 +185,19 @@ def test_the_readmes_dry_run_prints_what_the_readme_shows(tmp_path: Path) -> Non
     for line in (" ".join(line.split()) for line in claimed):
         if not line.endswith("...") and not line.startswith("──"):
             assert line in printed, line
+
+
+def test_a_team_s_own_deployments_as_readme_and_operations_show_them_are_taken(tmp_path: Path) -> None:
+    """In the folder of the worker: Prefect runs what has no folder in one that it deletes, with the store in it."""
+    [short] = re.findall(r"^    deployments:\n(?:     .+\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    [long] = re.findall(r"```yaml\n(# nightly\.yaml\n.*?)```", (ROOT / "docs" / "operations.md").read_text(), re.DOTALL)
+    shutil.copy(ROOT / "flows" / "recipes" / "pvar.yaml", tmp_path)
+    shutil.copy(ROOT / "configs" / "tinyworld" / "train.yaml", tmp_path)
+    file = tmp_path / "nightly.yaml"
+    for text, flows in ((textwrap.dedent(short), ["curate"]), (long, ["curate", "train"])):
+        file.write_text(text)
+        deployments = read_file(file).deployments
+        assert [one.entrypoint for one in deployments] == [f"flows.{flow}.{flow}" for flow in flows]
+        assert all(one.work_pool.job_variables == {"working_dir": "."} for one in deployments)
+        assert deployments[0].parameters["subset"][0]["name"] == "pvar-top"
+        assert [times.slug for times in deployments[0].schedules] == ["nightly"]

@@ -99,6 +99,7 @@ ELSEWHERE: list[tuple[str, str, Callable[[Told], None]]] = [
     (r"prefect (deployment run|work-pool) .+", "tests/test_deploy.py does so by the API", known_to_prefect),
     (r"ray start .+", "tests/services.py starts heads and nodes with it", known_to_ray),
     (r"export .+", "sets variables", sets_variables),
+    (r"unset [A-Z_]+", "takes one back", lambda told: None),
     (r"git pull", "needs the repository that the clone came from", lambda told: None),
     (r"(kubectl|grep) .+", "needs a cluster: tests/test_infra.py holds the files against schemas", files_exist),
 ]
@@ -172,7 +173,7 @@ LESS: list[tuple[str, dict[str, Any], list[str]]] = [
         ["--dry-run"],
     ),
     (r"(doctor|curate) (pvar|adaptive)\.yaml", {"generate.generators": POLICY, **RATED}, []),
-    (r"curate pvar\.yaml$", {}, ["--dry-run"]),  # the quickstart's command runs it whole
+    (r"curate pvar\.yaml$", {}, ["--dry-run"]),  # the quickstart's commands run it whole
     (r"curate adaptive\.yaml$", {}, ["--dry-run"]),  # starts engines in each round: tests/test_adapt.py
     (r"(doctor|curate) delta\.yaml", {"generate.generators": STRONG, **RATED}, []),
     (r"(import|curate) (config|mine|import)\.yaml", OWN, []),
