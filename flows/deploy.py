@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 
 _MOST_TOLD = 1000  # characters of an answer of the server
+_SIGNS_OF_LIFE = {
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"
+}  # seconds; the automation prefsieve-run-vanished waits for them
 
 
 class _Strict(BaseModel):
@@ -168,10 +171,13 @@ def deploy_all(file: Path, pool: str = "", changes: Sequence[str] = ()) -> None:
         for automation in content.automations:
             checked(automation, {})
         print(f"Prefect server {url}")
+        types: dict[str, str] = {}
         for name, new in pools.items():
             with _refusal_of(f"work pool {name!r}"):
-                print(f"  work pool   {name} ({_ensure_pool(client, name, new, known)})")
+                types[name], was = _ensure_pool(client, name, new, known)
+            print(f"  work pool   {name} ({types[name]}, {was})")
         for deployment, registration in zip(deployments, registrations, strict=True):
+            registration.job_variables = _job_variables(deployment.work_pool, types[deployment.work_pool.name])
             with _refusal_of(f"deployment {deployment.name!r}"):
                 changed = _apply(client, registration)
             print(", ".join([f"  deployment  {registration.full_name}", *deployment.starts()]))
@@ -332,12 +338,15 @@ def _words_of(response: httpx.Response) -> str:
         return f"status {response.status_code}: {response.text}"
 
 
-def _ensure_pool(client: SyncPrefectClient, name: str, new: WorkPoolCreate | None, known: Iterable[str]) -> str:
-    """Make the pool when it is missing. new: none for one that must be there; known: names that the file has."""
+def _ensure_pool(
+    client: SyncPrefectClient, name: str, new: WorkPoolCreate | None, known: Iterable[str]
+) -> tuple[str, str]:
+    """Make the pool when it is missing; its type, and what was done. new: none for one that must be there; known: names
+    that the file has."""
     from prefect.exceptions import ObjectNotFound
 
     try:
-        return f"{client.read_work_pool(name).type}, was there"
+        return client.read_work_pool(name).type, "was there"
     except ObjectNotFound:
         if not new:
             there = sorted({*known, *(pool.name for pool in client.read_work_pools())})
@@ -346,7 +355,15 @@ def _ensure_pool(client: SyncPrefectClient, name: str, new: WorkPoolCreate | Non
                 "declare it in definitions.work_pools of the deployments file"
             ) from None
         client.create_work_pool(new)
-        return f"{new.type}, created"
+        return new.type, "created"
+
+
+def _job_variables(pool: WorkPool, type_: str) -> dict[str, Any]:
+    """Those of the file, and what it leaves out. Without a folder Prefect would run each process in one that it
+    deletes, and the default store with it."""
+    given = pool.job_variables
+    where = {"working_dir": "."} if type_ == "process" else {}
+    return {**where, **given, "env": {**_SIGNS_OF_LIFE, **given.get("env", {})}}
 
 
 def _registration(deployment: Deployment) -> RunnerDeployment:
@@ -376,7 +393,6 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
             enforce_parameter_schema=deployment.enforce_parameter_schema,
             work_pool_name=deployment.work_pool.name,
             work_queue_name=deployment.work_pool.work_queue_name,
-            job_variables=deployment.work_pool.job_variables,
             entrypoint_type=EntrypointType.MODULE_PATH,
             version=_version(),
         )

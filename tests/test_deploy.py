@@ -352,15 +352,20 @@ def test_a_misspelt_pool_is_refused_with_the_names_that_there_are(api: httpx.Cli
 
 
 def test_job_variables_of_a_pool_are_those_of_all_deployments_in_it(api: httpx.Client, tmp_path: Path) -> None:
+    """Left out, a process runs in its worker's folder; and all runs send signs of life."""
+    signs = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
     shared = {"name": "shared", "type": "process", "job_variables": {"env": {"A": "1"}, "working_dir": "/"}}
     own = {"name": "shared", "job_variables": {"working_dir": "."}}
     for options in ([], ["--pool", "shared"]):
         entries = [_entry("inside", work_pool=own), _entry(f"outside{len(options)}")]
         done = _deploy(api, tmp_path, *entries, *options, definitions={"work_pools": [shared]})
         assert done.returncode == 0, done.stderr
-        assert _deployment(api, "train", "inside")["job_variables"] == {"env": {"A": "1"}, "working_dir": "."}
-    assert _deployment(api, "train", "outside0")["job_variables"] == {}
-    assert _deployment(api, "train", "outside2")["job_variables"] == shared["job_variables"]
+        assert _deployment(api, "train", "inside")["job_variables"] == {
+            "env": {"A": "1", **signs},
+            "working_dir": ".",
+        }
+    assert _deployment(api, "train", "outside0")["job_variables"] == {"env": signs, "working_dir": "."}
+    assert _deployment(api, "train", "outside2")["job_variables"] == {"env": {"A": "1", **signs}, "working_dir": "/"}
 
 
 @pytest.mark.parametrize(

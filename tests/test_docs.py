@@ -188,7 +188,6 @@ def test_the_readmes_dry_run_prints_what_the_readme_shows(tmp_path: Path) -> Non
 
 
 def test_a_team_s_own_deployments_as_readme_and_operations_show_them_are_taken(tmp_path: Path) -> None:
-    """In the folder of the worker: Prefect runs what has no folder in one that it deletes, with the store in it."""
     [short] = re.findall(r"^    deployments:\n(?:     .+\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)
     [long] = re.findall(r"```yaml\n(# nightly\.yaml\n.*?)```", (ROOT / "docs" / "operations.md").read_text(), re.DOTALL)
     shutil.copy(ROOT / "flows" / "recipes" / "pvar.yaml", tmp_path)
@@ -198,6 +197,5 @@ def test_a_team_s_own_deployments_as_readme_and_operations_show_them_are_taken(t
         file.write_text(text)
         deployments = read_file(file).deployments
         assert [one.entrypoint for one in deployments] == [f"flows.{flow}.{flow}" for flow in flows]
-        assert all(one.work_pool.job_variables == {"working_dir": "."} for one in deployments)
         assert deployments[0].parameters["subset"][0]["name"] == "pvar-top"
         assert [times.slug for times in deployments[0].schedules] == ["nightly"]

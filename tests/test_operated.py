@@ -98,11 +98,11 @@ def test_deployments_are_registered_for_kubernetes_by_naming_that_pool(prefect_a
     for flow in ("curate", "train", "evaluate", "experiment"):
         deployed = httpx.get(f"{prefect_api}/deployments/name/{flow}/{flow}").json()
         assert deployed["work_pool_name"] == "prefsieve-kubernetes"
-        assert deployed["job_variables"] == {}
+        assert deployed["job_variables"] == {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}}
 
 
 def test_a_wrong_automation_is_refused_before_anything_is_registered(prefect_api: str, tmp_path: Path) -> None:
-    [automation] = SHIPPED["automations"]
+    automation = SHIPPED["automations"][-1]
     entry = {"name": "untouched", "entrypoint": "flows.curate.curate", "work_pool": {"name": "untouched"}}
     wrong = {**automation, "trigger": {**automation["trigger"], "posture": "Sideways"}}
     file = tmp_path / "prefect.yaml"

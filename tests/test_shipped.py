@@ -34,7 +34,6 @@ def test_every_flow_has_a_deployment_whose_parameters_it_takes() -> None:
         parse(flow, deployment.parameters, Path("deployments/prefect.yaml"))
         assert deployment.entrypoint == f"flows.{flow}.{flow}"
         assert deployment.description
-        assert deployment.work_pool.job_variables["working_dir"] == "."
 
 
 @pytest.mark.parametrize("flow", ["curate", "train", "evaluate"])
