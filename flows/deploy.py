@@ -118,7 +118,7 @@ class Deployment(_Strict):
         if not isinstance(value, str):
             return value
         try:
-            return load_values(info.context / value, [], "")
+            return load_values(Path(info.context or "", value), [], "")
         except ConfigError as error:
             raise ValueError(f"deployment {info.data.get('name')!r}: {error}") from error
 
