@@ -25,8 +25,8 @@ demo: setup
 # threads, which other tests change: a process of its own.
 test: setup
 	@$(BIN)/python -m examples.tinyworld.build --out .prefsieve/tinyworld >/dev/null 2>&1 & \
-	echo "pytest, in two processes: all but vLLM, then vLLM" && \
-	$(BIN)/python -m pytest --ignore=tests/test_vllm.py --ignore=tests/faults --ignore=tests/ui
+	echo "pytest, twice: all but vLLM, then vLLM" && \
+	$(BIN)/python -m pytest --ignore=tests/test_vllm.py --ignore=tests/faults --ignore=tests/ui --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest tests/test_vllm.py
 
 test-faults: setup
