@@ -190,7 +190,10 @@ def cost_of(
     Prometheus is told as well, but for what came before: stages of a run inside of this one, which told it itself.
     """
     prometheus.show_cost(flow, costs.cost_of(stages, {}, prices)["amount"], prices.currency)
-    return costs.cost_of([*before, *stages], {version.name: version.counts.out for version in versions}, prices)
+    cost = costs.cost_of([*before, *stages], {version.name: version.counts.out for version in versions}, prices)
+    for subset, each in cost["per_pair"].items():
+        prometheus.show_cost_per_pair(subset, each["amount"], prices.currency)
+    return cost
 
 
 def show_counts(flow: str, stages: list[dict[str, Any]]) -> None:

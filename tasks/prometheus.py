@@ -7,8 +7,9 @@
                                     counters, as in Work; samples are completions, rewards or comparisons, by stage
     ray_prefsieve_dropped           counter  rows that a stage did not pass on, by reason
     ray_prefsieve_cost              counter  of runs that have ended, at their prices, by flow and currency
+    ray_prefsieve_cost_per_pair     gauge    of the last run that paid for any, by subset and currency
 
-All but the last two are labelled by stage and model, and come while a stage goes on; drops, and the GPU seconds of a
+All but the last three are labelled by stage and model, and come while a stage goes on; drops, and the GPU seconds of a
 training, come when it ends. The name
 of a counter ends in _total there. A run's own report has the same numbers; nothing is read back from here.
 """
@@ -59,6 +60,14 @@ def show_dropped(stage: str, dropped: Mapping[str, int]) -> None:
 def show_cost(flow: str, amount: float | None, currency: str) -> None:
     """What a run cost, where it has a price."""
     _count("prefsieve_cost", amount or 0.0, {"flow": flow, "currency": currency})
+
+
+def show_cost_per_pair(subset: str, amount: float | None, currency: str) -> None:
+    """What each pair of a subset cost in the last run that had to pay for any."""
+    ray = sys.modules.get("ray")
+    if amount and ray and ray.is_initialized():
+        tags = {"subset": subset, "currency": currency}
+        _series("Gauge", "prefsieve_cost_per_pair", tuple(tags)).set(amount, tags)
 
 
 def _count(name: str, number: float, tags: dict[str, str]) -> None:

@@ -123,6 +123,7 @@ def test_a_run_on_a_cluster_says_what_it_cost_and_so_does_the_clusters_metrics_p
 
     # The process that ran the flow is gone; its numbers are not.
     assert shown["cost_total", "curate"] == pytest.approx(cost["amount"])
+    assert shown["cost_per_pair", "top"] == pytest.approx(cost["per_pair"]["top"]["amount"])
     assert shown["tokens_total", "generate", "costly"] == rows["generate"]["tokens"]
     assert shown["gpu_seconds_total", "generate", "costly"] == pytest.approx(rows["generate"]["gpu_seconds"], abs=0.01)
     assert shown["samples_total", "score", "judge"] == shown["samples_total", "generate", "costly"] == 2 * 13
@@ -152,6 +153,6 @@ def series(url: str, wait_for: str) -> dict[tuple[str, ...], float]:
     found = {}
     for name, labels, value in re.findall(r"^ray_prefsieve_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
         about = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        ours = (about[label] for label in ("stage", "model", "reason", "flow") if label in about)
+        ours = (about[label] for label in ("stage", "model", "reason", "flow", "subset") if label in about)
         found[(name, *ours)] = float(value)
     return found

@@ -14,7 +14,7 @@ RUN = 400_000.0  # milliseconds; a run takes about a minute on two idle cores
 
 
 def test_the_form_is_drawn_from_the_models_with_choices_and_sections_that_open(page: Page, picture: Picture) -> None:
-    form = open_form(page, "curate")
+    form = open_form(page, "curate", picture)
     picture("form")
 
     source = field(form, "Source")
@@ -66,9 +66,12 @@ def test_two_changed_fields_make_a_run_that_completes_and_shows_them_in_its_arti
     field(form, "Samples").get_by_role("spinbutton").fill("4")
     field(form, "Fraction").get_by_role("spinbutton").fill("0.5")  # of the first subset
     submit(page)
-    expect(state(page, "Completed").or_(state(page, "Failed"))).to_be_visible(timeout=RUN)
-    expect(state(page, "Completed")).to_be_visible(timeout=1)
+    page.get_by_text("Task Runs", exact=True).click()
+    ended = state(page, "Completed").or_(state(page, "Failed"))
+    expect(page.get_by_role("main").get_by_text("generate", exact=True).or_(ended).first).to_be_visible(timeout=RUN)
     picture("run")
+    expect(ended).to_be_visible(timeout=RUN)
+    expect(state(page, "Completed")).to_be_visible(timeout=1)
 
     page.get_by_text("Artifacts", exact=True).click()
     expect(page.get_by_text("curate-report", exact=True)).to_be_visible()
@@ -122,11 +125,13 @@ def test_values_that_do_not_go_together_are_refused_by_the_run_in_words(page: Pa
 # --- where things are
 
 
-def open_form(page: Page, deployment: str) -> Locator:
+def open_form(page: Page, deployment: str, picture: Picture = lambda name: None) -> Locator:
     """From the first page to the form of a run with other parameters."""
     page.get_by_role("button", name="Deployments", exact=True).click()
     page.locator("a[href^='/deployments/deployment/']").get_by_text(deployment, exact=True).click()
     page.get_by_role("button", name="Run", exact=True).click()
+    expect(page.get_by_text("Custom run")).to_be_visible()
+    picture("deployment")
     page.get_by_text("Custom run").click()
     form = page.locator("form")
     expect(field(form, "Store")).to_be_visible()
