@@ -361,9 +361,11 @@ def _ensure_pool(
 def _job_variables(pool: WorkPool, type_: str) -> dict[str, Any]:
     """Those of the file, and what it leaves out. Without a folder Prefect would run each process in one that it
     deletes, and the default store with it."""
-    given = pool.job_variables
     where = {"working_dir": "."} if type_ == "process" else {}
-    return {**where, **given, "env": {**_SIGNS_OF_LIFE, **given.get("env", {})}}
+    given = {**where, "env": {}, **pool.job_variables}
+    if isinstance(given["env"], dict):  # else the server says so
+        given["env"] = {**_SIGNS_OF_LIFE, **given["env"]}
+    return given
 
 
 def _registration(deployment: Deployment) -> RunnerDeployment:

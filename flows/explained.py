@@ -123,9 +123,9 @@ def overlap_lines(rows: list[dict[str, Any]], alone: bool = False) -> list[str]:
     ]
     told = [f"{row['other']}: not known: {plain(row['why'])}" for row in rows if row["shared"] is None]
     none, less = sum(row["shared"] == 0 for row in rows), len(known) - len(shown)
-    what = "Subsets" if alone else "Pairs of subsets"
+    what = "Subsets" if alone else "Combinations of two subsets"
     told += [f"{what} that share less: {less:,}."] if less else []
-    told += [f"{what} without a shared prompt: {none:,}."] if none else []
+    told += [f"{what} that share no prompt: {none:,}."] if none else []
     return ["## Prompts in common", "", *([*table(shown), ""] if shown else []), *told, ""]
 
 

@@ -68,7 +68,7 @@ def test_two_changed_fields_make_a_run_that_completes_and_shows_them_in_its_arti
     submit(page)
     page.get_by_text("Task Runs", exact=True).click()
     ended = state(page, "Completed").or_(state(page, "Failed"))
-    expect(page.get_by_role("main").get_by_text("generate", exact=True).or_(ended).first).to_be_visible(timeout=RUN)
+    expect(page.get_by_role("link", name="generate", exact=True).or_(ended).first).to_be_visible(timeout=RUN)
     picture("run")
     expect(ended).to_be_visible(timeout=RUN)
     expect(state(page, "Completed")).to_be_visible(timeout=1)
@@ -85,7 +85,7 @@ def test_two_changed_fields_make_a_run_that_completes_and_shows_them_in_its_arti
     picture("counts")
     open_artifact(page, "curate-report")
     expect(page.get_by_text("the top 50 % by pvar").first).to_be_visible()
-    expect(page.get_by_text("the bottom 50 % by pvar").first).to_be_visible()
+    expect(page.get_by_text("the bottom control of nightly (the top 50 % by pvar)").first).to_be_visible()
     picture("report")
 
 
