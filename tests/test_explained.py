@@ -159,7 +159,7 @@ def test_the_report_of_a_run_says_what_each_subset_takes_shares_and_drops(long: 
             assert f"{n} {reason}" in shown
     sharing = sum(row["shared"] > 0 for row in report["overlap"])
     assert len([line for line in shown.splitlines() if re.search(r"\d  +\d+\.\d %", line)]) == 20  # of 28, the largest
-    assert f"Pairs of subsets that share less: {sharing - 20}." in shown
+    assert f"Combinations of two subsets that share less: {sharing - 20}." in shown
 
 
 def test_show_explains_a_subset_and_what_it_shares_with_the_others(long: Run) -> None:
