@@ -227,11 +227,12 @@ def deploy(
         list[str],
         typer.Option("--set", help="Change a parameter of all: --set ray_address=http://HEAD:8265", show_default=False),
     ] = [],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the file; needs no server.")] = False,
 ) -> None:
     """Register work pool, deployments and automations on the configured Prefect server."""
     from flows.deploy import deploy_all
 
-    deploy_all(file, pool, set_)
+    deploy_all(file, pool, set_, dry_run)
 
 
 @app.command()

@@ -28,6 +28,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 READY = 120.0  # seconds; a cold start takes 5-25 s, a busy machine several times that
@@ -127,6 +129,14 @@ def prefect_worker(api_url: str, pool: str, folder: Path, cwd: Path = ROOT, **ex
     with _running("prefect worker", command, env, folder, cwd) as check:
         _wait("prefect worker", online, check)
         yield
+
+
+def unlocked(ask: Callable[[], httpx.Response]) -> httpx.Response:
+    """An answer of the server, whose SQLite a busy machine locks now and then; Prefect's client asks again, too."""
+    deadline = time.monotonic() + 120
+    while (answer := ask()).status_code == 503 and time.monotonic() < deadline:
+        time.sleep(1)
+    return answer
 
 
 # --- SeaweedFS

@@ -18,10 +18,11 @@ import pytest
 import yaml
 from prefect.workers.process import ProcessWorker
 
-from flows.deploy import deploy_all, read_file
+from flows.deploy import deploy_all
+from flows.deployments import read_file
 from tasks.errors import ConfigError
 from tests.forms import drawn_as, remembered
-from tests.services import ROOT, environment, prefect_server, prefect_worker, prefsieve
+from tests.services import ROOT, environment, prefect_server, prefect_worker, prefsieve, unlocked
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 RUN = 240.0  # seconds; a run takes about 30 on two idle cores
@@ -210,6 +211,23 @@ def test_deploy_without_a_server_says_which_variable_to_set(tmp_path: Path) -> N
     done = prefsieve("deploy", env=environment(PREFECT_HOME=str(tmp_path)))
     assert done.returncode == 2
     assert "PREFECT_API_URL" in done.stderr
+
+
+def test_a_dry_run_checks_the_file_and_needs_no_server(tmp_path: Path) -> None:
+    env = environment(PREFECT_HOME=str(tmp_path / "home"), PREFECT_API_URL="http://127.0.0.1:9/api")
+    done = prefsieve("deploy", "--dry-run", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is registered" in done.stdout
+    for line in (
+        "work pool   prefsieve",
+        "deployment  curate/curate, at 0 2 * * * UTC",
+        "automation  prefsieve-run-failed",
+    ):
+        assert f"  {line}\n" in done.stdout
+    wrong = _file(tmp_path, _entry("wrong", parameters={"name": "policy", "subset": "top"}))
+    refused = prefsieve("deploy", "--dry-run", "--file", wrong, env=env)
+    assert refused.returncode == 2
+    assert "deployment 'wrong': policy: " in refused.stderr
 
 
 def test_deploy_to_a_server_that_is_not_there_names_the_url(tmp_path: Path) -> None:
@@ -465,12 +483,7 @@ def _automations(api: httpx.Client) -> dict[str, bool]:
 
 
 def _patch(api: httpx.Client, place: str, change: dict[str, Any]) -> None:
-    """As often as SQLite is locked."""
-    deadline = time.monotonic() + 120
-    while (answer := api.patch(place, json=change)).status_code == 503:
-        assert time.monotonic() < deadline, answer.text
-        time.sleep(1)
-    answer.raise_for_status()
+    unlocked(lambda: api.patch(place, json=change)).raise_for_status()
 
 
 def _fake_parameters(folder: Path, store: Path) -> dict[str, Any]:
@@ -497,14 +510,9 @@ def _deployment(api: httpx.Client, flow: str, name: str = "") -> dict[str, Any]:
 
 
 def _start(api: httpx.Client, parameters: dict[str, Any], **more: Any) -> httpx.Response:
-    """What the button in the UI does, as often as SQLite is locked, which a busy machine's is now and then."""
-    deployment = _deployment(api, "curate")["id"]
-    deadline = time.monotonic() + 120
-    while True:
-        answer = api.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters, **more})
-        if answer.status_code != 503 or time.monotonic() > deadline:
-            return answer
-        time.sleep(1)
+    """What the button in the UI does."""
+    place = f"/deployments/{_deployment(api, 'curate')['id']}/create_flow_run"
+    return unlocked(lambda: api.post(place, json={"parameters": parameters, **more}))
 
 
 def _finished(api: httpx.Client, run_id: str) -> dict[str, Any]:

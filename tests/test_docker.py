@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from flows.cli import FLOWS
-from flows.deploy import read_file
+from flows.deployments import read_file
 from tests.services import BIN, ROOT, environment
 
 DOCKER = ROOT / "docker"

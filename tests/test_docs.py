@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from flows.cli import FLOWS, load_values
-from flows.deploy import read_file
+from flows.deployments import read_file
 from flows.doctor import plan
 from flows.markdown import plan_markdown
 from tasks.config import METRICS, Control, CurateConfig, EvaluateConfig

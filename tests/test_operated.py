@@ -28,6 +28,7 @@ from tests.services import (
     prefect_server,
     prefect_worker,
     prefsieve,
+    unlocked,
 )
 
 SHIPPED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
@@ -179,34 +180,26 @@ def runs(api: httpx.Client, flow: str) -> list[dict[str, Any]]:
         "deployments": {"name": {"any_": [flow]}},
         "flow_runs": {"state": {"type": {"not_any_": ["SCHEDULED", "PENDING"]}}},
     }
-    return list(api.post("/flow_runs/filter", json=wanted).raise_for_status().json())
+    return list(unlocked(lambda: api.post("/flow_runs/filter", json=wanted)).raise_for_status().json())
 
 
 def start(api: httpx.Client, flow: str, parameters: dict[str, Any]) -> dict[str, Any]:
     deployment = api.get(f"/deployments/name/{flow}/{flow}").raise_for_status().json()
     whole = {**deployment["parameters"], **parameters}
     place = f"/deployments/{deployment['id']}/create_flow_run"
-    return wait_for(lambda: _if_not_locked(api.post(place, json={"parameters": whole})))
+    return dict(unlocked(lambda: api.post(place, json={"parameters": whole})).raise_for_status().json())
 
 
 def stop_schedule(api: httpx.Client) -> None:
     deployment = api.get("/deployments/name/curate/curate").json()
     [schedule] = deployment["schedules"]
     place, about = f"/deployments/{deployment['id']}/schedules/{schedule['id']}", {"active": False}
-    wait_for(lambda: _if_not_locked(api.patch(place, json=about)))
-
-
-def _if_not_locked(answer: httpx.Response) -> dict[str, Any] | None:
-    """SQLite is locked now and then; Prefect's own client tries again, too."""
-    if answer.status_code == 503:
-        return None
-    answer.raise_for_status()
-    return dict(answer.json()) if answer.content else {}
+    unlocked(lambda: api.patch(place, json=about)).raise_for_status()
 
 
 def ended(api: httpx.Client, run: str) -> dict[str, Any]:
     def final() -> dict[str, Any] | None:
-        found = api.get(f"/flow_runs/{run}").raise_for_status().json()
+        found = unlocked(lambda: api.get(f"/flow_runs/{run}")).raise_for_status().json()
         return found if found["state"]["type"] in FINAL else None
 
     return wait_for(final)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.services import ROOT, environment
+from tests.services import ROOT, environment, unlocked
 
 WAIT = """
 import sys, time
@@ -69,7 +69,8 @@ def test_a_run_that_is_ended_says_so(
             os.kill(process.pid, signal.SIGTERM)
         else:
             state = {"state": {"type": "CANCELLING"}}
-            httpx.post(f"{prefect_api}/flow_runs/{runs[cancelled]}/set_state", json=state).raise_for_status()
+            place = f"{prefect_api}/flow_runs/{runs[cancelled]}/set_state"
+            unlocked(lambda: httpx.post(place, json=state)).raise_for_status()
         assert process.wait(60) != 0
     assert [_state(prefect_api, run) for run in runs] == states
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from flows.cli import FLOWS, load_values, parse
-from flows.deploy import read_file
+from flows.deployments import read_file
 from tasks.errors import ConfigError
 from tests.services import ROOT
 
