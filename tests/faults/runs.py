@@ -49,6 +49,12 @@ def wait_for(ready: Callable[[], bool], run: subprocess.Popen[str], seconds: flo
         time.sleep(0.02)
 
 
+def finished(store: Store, *stages: str) -> dict[str, tuple[int, int, int]]:
+    """As `files_below`, of these stages, while a run goes on: what is half written has another name a moment later."""
+    files = {path: Path(store.url, path).stat() for stage in stages for path in store.list(stage)}
+    return {path: (about.st_size, about.st_mtime_ns, about.st_ino) for path, about in files.items()}
+
+
 def left_on(head: RayHead, seconds: float = 30) -> list[Any]:
     """Actors and placement groups of a cluster that are not gone; Ray takes a moment to tell."""
     deadline = time.monotonic() + seconds

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from tasks.store import Store
-from tests.conftest import TinyModels, curate_values, files_below, generator, prompts, scorer, write_jsonl
-from tests.faults.runs import ENGINE, kill, left_on, next_file, processes, report, start, wait_for
+from tests.conftest import TinyModels, curate_values, generator, prompts, scorer, write_jsonl
+from tests.faults.runs import ENGINE, finished, kill, left_on, next_file, processes, report, start, wait_for
 from tests.services import ROOT, RayHead, environment, ray_head, ray_node
 
 SLEEPY = {"": "sleep 0.1"}  # each request takes a tenth of a second
@@ -191,15 +191,14 @@ def test_a_node_that_is_lost_costs_the_shards_it_had_in_hand(
     wait_for(lambda: len(store.list("completions")) >= 3, run)
     busy = [mark for mark in cluster.marks if processes(mark, ENGINE)]
     assert busy
-    before = files_below(Path(store.url))
+    before = finished(store, "completions", "prompts/shards")
     kill(processes(busy[0]))
     measured["next shard after seconds"] = next_file(store, "completions", run)
     found = report(run)
     assert not processes(busy[0])
-    after = files_below(Path(store.url))
-    kept = [path for path in before if path.startswith(("completions", "prompts/shards"))]
-    measured["finished shards made again"] = sum(after[path] != before[path] for path in kept)
-    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
+    after = finished(store, "completions", "prompts/shards")
+    measured["finished shards made again"] = sum(after[path] != before[path] for path in before)
+    assert {path: after[path] for path in before} == before
     undisturbed = report(start(path, tmp_path / "undisturbed", env, *joining))
     assert found["subsets"] == undisturbed["subsets"]
     assert cluster.left() == []

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from tasks.store import Store
-from tests.conftest import files_below
 from tests.faults.proxy import Proxy
-from tests.faults.runs import ENGINE, SHARDS, ended, kill, made, next_file, processes, report, start, wait_for
+from tests.faults.runs import ENGINE, SHARDS, ended, finished, kill, made, next_file, processes, report, start, wait_for
 from tests.services import SeaweedFS, environment
 
 
@@ -34,7 +33,7 @@ def test_an_engine_that_is_killed_in_mid_shard_costs_that_shard(
 ) -> None:
     run = start(configuration, store.url, env)
     wait_for(lambda: len(store.list(stage)) >= 2, run)
-    before = {path: about for path, about in files_below(Path(store.url)).items() if path.startswith(stage)}
+    before = finished(store, stage)
     time.sleep(0.3)
     engines = processes(mark, ENGINE)
     assert len(engines) >= 1
@@ -42,7 +41,7 @@ def test_an_engine_that_is_killed_in_mid_shard_costs_that_shard(
     measured["next shard after seconds"] = next_file(store, stage, run)
     found, log = ended(run)
     assert found["subsets"] == undisturbed["subsets"]
-    after = files_below(Path(store.url))
+    after = finished(store, stage)
     measured["finished shards made again"] = sum(after[path] != before[path] for path in before)
     assert {path: after[path] for path in before} == before
     assert store.list("faults") == []

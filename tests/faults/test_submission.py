@@ -24,9 +24,9 @@ import pytest
 import yaml
 
 from tasks.store import Store
-from tests.conftest import curate_values, files_below, generator, prompts, scorer, write_jsonl
+from tests.conftest import curate_values, generator, prompts, scorer, write_jsonl
 from tests.faults.relay import relay
-from tests.faults.runs import ENGINE, kill, left_on, processes, report, wait_for
+from tests.faults.runs import ENGINE, finished, kill, left_on, processes, report, wait_for
 from tests.services import ROOT, RayHead, environment, prefect_worker, prefsieve, ray_head, ray_node, unlocked
 
 PROMPTS, SHARD = 160, 8
@@ -308,10 +308,9 @@ def shipped(cluster: Cluster, work: Work) -> bool:
 @contextlib.contextmanager
 def going_on(work: Work) -> Iterator[None]:
     """What is in the store of runs that are cancelled is not made again."""
-    store = Path(work.store.url)
-    before = {path: about for path, about in files_below(store).items() if path.startswith(("completions", "prompts"))}
+    before = finished(work.store, "completions", "prompts")
     yield
-    after = files_below(store)
+    after = finished(work.store, "completions", "prompts")
     assert {path: after.get(path) for path in before} == before
 
 
