@@ -28,7 +28,7 @@ from typing import Any
 
 from tasks.config import PolicyConfig
 from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
-from tasks.faults import EngineDied
+from tasks.faults import EngineDied, log_of_this_process
 from tasks.prometheus import PoolSeries
 from tasks.records import Work
 from tasks.sections import ModelConfig
@@ -283,6 +283,8 @@ class _Actor:
             self.worker = worker(*arguments)
         except Exception as error:
             self.error, self.unreachable = f"an engine did not start: {_said(error)}", is_network_fault(error)
+            if not isinstance(error, ConfigError | RunError) and (log := log_of_this_process()):
+                self.error += f" (its log: {log})"
         self.ready_at = time.monotonic()
         self.start_seconds = self.ready_at - self.told
 

@@ -24,9 +24,7 @@ import pyarrow as pa
 from tasks import models
 from tasks.cluster import Pool, run_pools
 from tasks.config import CompareConfig
-from tasks.engines import judge_engine
-from tasks.engines.loop import EngineLoop
-from tasks.faults import Faults
+from tasks.engines.loop import started
 from tasks.generate import completions_path
 from tasks.ingest import read_shard
 from tasks.judge import ENDPOINT, JUDGE, Duel, Judge
@@ -97,8 +95,7 @@ class DuelWorker:
         self, config: ScorerConfig, fingerprint: str, sides: tuple[str, str], store_url: str, run: str
     ) -> None:
         self.store, self.sides, self.fingerprint = Store(store_url), sides, fingerprint
-        model = config.model if config.engine == "openai" else models.local(config.model, self.store)
-        self.loop = EngineLoop(judge_engine(config, model), Faults(self.store, run), config.deadline)
+        self.loop = started(config, self.store, run)
         self.judge = Judge(config.judge, fingerprint, self.loop)
         self.paid = config.engine == "openai"
 

@@ -23,10 +23,9 @@ from tasks import models
 from tasks.ahead import in_order
 from tasks.cluster import IN_FLIGHT, Pool, run_pools
 from tasks.costs import SPENT, Speed, remember_speed
-from tasks.engines import Answer, GenerationRequest, generator_engine
-from tasks.engines.loop import EngineLoop, Refused
+from tasks.engines import Answer, GenerationRequest, Refused
+from tasks.engines.loop import started
 from tasks.errors import RunError
-from tasks.faults import Faults
 from tasks.ingest import read_shard
 from tasks.progress import Meter, Report, silent
 from tasks.records import COMPLETIONS, Completions, Counts, PromptSet, text_digest
@@ -105,8 +104,7 @@ class GenerateWorker:
     def __init__(self, config: GeneratorConfig, fingerprint: str, store_url: str, run: str) -> None:
         self.store = Store(store_url)
         self.config, self.fingerprint = config, fingerprint
-        engine = generator_engine(config, models.local(config.model, self.store))
-        self.loop = EngineLoop(engine, Faults(self.store, run), config.deadline)
+        self.loop = started(config, self.store, run)
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         held = Held(item["first"], item["last"], item.get("part", ""))

@@ -24,10 +24,9 @@ from tasks import models, rubric
 from tasks.ahead import in_order
 from tasks.cluster import Pool, run_pools
 from tasks.costs import SPENT, Speed, remember_speed
-from tasks.engines import Refused, ScoringRequest, judge_engine, reward_engine
-from tasks.engines.loop import EngineLoop
+from tasks.engines import Refused, ScoringRequest
+from tasks.engines.loop import EngineLoop, started
 from tasks.errors import RunError
-from tasks.faults import Faults
 from tasks.generate import completions_path, read_rows_of
 from tasks.judge import ENDPOINT, JUDGE, Judge, Rating
 from tasks.progress import Meter, Report, silent
@@ -106,17 +105,13 @@ class ScoreWorker:
     def __init__(self, config: ScorerConfig, fingerprint: str, store_url: str, run: str) -> None:
         self.store = Store(store_url)
         self.config, self.fingerprint = config, fingerprint
-        faults = Faults(self.store, run)
         self.loop: EngineLoop | None = None
         if config.type == "function":
             self.function = models.load_function(config)
-        elif config.type == "judge":
-            model = config.model if config.engine == "openai" else models.local(config.model, self.store)
-            self.loop = EngineLoop(judge_engine(config, model), faults, config.deadline)
+            return
+        self.loop = started(config, self.store, run)
+        if config.type == "judge":
             self.judge = Judge(config.judge, fingerprint, self.loop)
-        else:
-            engine = reward_engine(config, models.local(config.model, self.store))
-            self.loop = EngineLoop(engine, faults, config.deadline)
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         held = Held(item["first"], item["last"], item.get("part", ""))

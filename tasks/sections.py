@@ -155,6 +155,9 @@ class ModelConfig(Section):
     deadline: float = Field(
         1800, gt=0, description="Seconds for one step of the engine; after that it counts as hung and is started again."
     )
+    start_deadline: float = Field(
+        7200, gt=0, description="Seconds for the start of an engine, which may have to download its model."
+    )
     batch_size: int = Field(64, ge=1, description="Sequences at once, transformers engine only.")
     engine_args: dict[str, Any] = Field({}, description="Further arguments of the engine, for example vLLM's.")
 

@@ -19,11 +19,11 @@ from tasks import models
 from tasks.check import Check
 from tasks.cluster import Pool, run_pools
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig, is_dashboard
-from tasks.engines import GenerationRequest, Refused, ScoringRequest, generator_engine, judge_engine, reward_engine
+from tasks.engines import GenerationRequest, Refused, ScoringRequest, engine_of
 from tasks.engines.loop import EngineLoop
 from tasks.errors import RunError
 from tasks.experiments import ExperimentConfig
-from tasks.faults import EngineDied
+from tasks.faults import EngineDied, Faults
 from tasks.judge import Judge, Rating
 from tasks.sections import GeneratorConfig, ScorerConfig
 from tasks.store import Store
@@ -130,18 +130,17 @@ class TrialWorker:
 
     def __init__(self, config: GeneratorConfig | ScorerConfig, store_url: str, run: str) -> None:
         started = time.monotonic()
-        model = models.local(config.model, Store(store_url))
-        if isinstance(config, GeneratorConfig):
-            engine = generator_engine(config, model)
-        else:
-            engine = (judge_engine if config.type == "judge" else reward_engine)(config, model)
+        self.faults = Faults(Store(store_url), run)
+        with self.faults.attempt("start", config.start_deadline):
+            engine = engine_of(config, models.local(config.model, self.faults.store))
         self.config, self.loop = config, EngineLoop(engine, deadline=config.deadline)
         self.loaded = time.monotonic() - started
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         started = time.monotonic()
         try:
-            found = await self._ask()
+            with self.faults.attempt("trial"):
+                found = await self._ask()
         except EngineDied as died:  # as it is, it would have Ray start one process after the other
             raise RunError(f"the engine hangs: {died}") from died
         found |= {"loaded": self.loaded, "seconds": time.monotonic() - started}

@@ -6,8 +6,9 @@ An engine takes requests at any time and gives answers as they come:
     step() -> [(key, answer)]  work a little; the answers that became ready, a Refused where it turned out later
     close()                  give memory back
 
-`generator_engine` answers GenerationRequest with Answer, `reward_engine` answers ScoringRequest with a float, the raw
-logit, `judge_engine` answers ChatRequest with Reply. tasks/engines/loop.py drives any kind.
+`engine_of` finds the one that is asked for. `generator_engine` answers GenerationRequest with Answer, `reward_engine`
+answers ScoringRequest with a float, the raw logit, `judge_engine` answers ChatRequest with Reply. tasks/engines/loop.py
+drives any kind.
 """
 
 from __future__ import annotations
@@ -79,6 +80,13 @@ class Engine(Protocol):
     def step(self) -> list[tuple[int, Any]]: ...
 
     def close(self) -> None: ...
+
+
+def engine_of(config: GeneratorConfig | ScorerConfig, model: str) -> Engine:
+    """The engine that a generator or scorer asks for. `model`: local folder or hub name."""
+    if isinstance(config, GeneratorConfig):
+        return generator_engine(config, model)
+    return judge_engine(config, model) if config.type == "judge" else reward_engine(config, model)
 
 
 def generator_engine(config: GeneratorConfig, model: str) -> Engine:

@@ -6,7 +6,7 @@ reward model return NaN. A fake judge goes by the same numbers as a fake reward 
 
 `{faults: FILE}` makes it fail as real engines do. The file, read at every request if it is there, is JSON: what part of
 a prompt does what, which is one of `raise`, `hang`, `exit` (the process is gone), `raise once`, `exit once` and
-`sleep SECONDS`; "" stands in every prompt, and `start` for the start of the engine, where only `raise` is possible.
+`sleep SECONDS`; "" stands in every prompt, and `start` for the start of the engine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -143,6 +144,7 @@ def _fail(config: GeneratorConfig | ScorerConfig, prompt: str) -> None:
         elif kind == "hang":
             threading.Event().wait()
         elif kind == "exit":
+            print(f"made to end at {part!r}", file=sys.stderr, flush=True)
             os._exit(1)
         else:
             raise RuntimeError(f"made to fail at {part!r}")

@@ -18,9 +18,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.engines import Engine, Refused
+from tasks import models
+from tasks.engines import Engine, Refused, engine_of
 from tasks.errors import ConfigError, RunError, is_network_fault
 from tasks.faults import EngineDied, Faults
+from tasks.sections import GeneratorConfig, ScorerConfig
+from tasks.store import Store
 
 _LOOK = 0.5  # seconds between two looks at whether the engine still moves
 
@@ -171,6 +174,14 @@ class EngineLoop:
             if item is None:
                 return
             item[1].future.set_exception(error)
+
+
+def started(config: GeneratorConfig | ScorerConfig, store: Store, run: str) -> EngineLoop:
+    """A fresh engine, kept busy. RunError when processes end at its start, or one is at it for too long."""
+    faults = Faults(store, run)
+    with faults.attempt("start", config.start_deadline):
+        engine = engine_of(config, models.local(config.model, store))
+    return EngineLoop(engine, faults, config.deadline)
 
 
 def _name(requests: Sequence[Any]) -> str:

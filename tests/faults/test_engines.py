@@ -42,8 +42,12 @@ def faults(place: Path) -> Iterator[Path]:
         file.unlink()
 
 
-def config(place: Path, deadline: float = 60) -> CurateConfig:
-    args = {"engine_args": {"faults": str(place / "faults.json")}, "deadline": deadline}
+def config(place: Path, deadline: float = 60, start_deadline: float = 60) -> CurateConfig:
+    args = {
+        "engine_args": {"faults": str(place / "faults.json")},
+        "deadline": deadline,
+        "start_deadline": start_deadline,
+    }
     return curate_config(
         place / "prompts.jsonl",
         ingest={"source": str(place / "prompts.jsonl"), "shard_size": 8},
@@ -105,24 +109,32 @@ def test_a_prompt_that_a_reward_model_dies_over_has_no_rewards_but_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("part", "said", "within"),
+    ("part", "what", "said", "within"),
     [
-        ("start", "an engine did not start: RuntimeError: made to fail at 'start'", 60),
-        ("", "one request after the other, the last time: RuntimeError: made to fail", 120),
+        ("start", "raise", r"did not start: RuntimeError: made to fail at 'start' \(its log: \S+\.err\)", 60),
+        (
+            "start",
+            "exit",
+            r"""did not start: 2 processes .* line of \S+\.err is "made to end at 'start'\"""",
+            60,
+        ),
+        ("start", "hang", r"did not start: it was not ready after 2 s", 60),
+        ("", "raise", "one request after the other, the last time: RuntimeError: made to fail", 120),
     ],
-    ids=["start", "every request"],
+    ids=["start raises", "start ends its process", "start hangs", "every request"],
 )
 def test_an_engine_that_does_nothing_else_but_fail_ends_the_run_with_its_words(
-    part: str, said: str, within: float, local_ray: Any, place: Path, faults: Path, store: Store
+    part: str, what: str, said: str, within: float, local_ray: Any, place: Path, faults: Path, store: Store
 ) -> None:
-    faults.write_text(json.dumps({part: "raise"}))
-    wanted = config(place)
+    faults.write_text(json.dumps({part: what}))
+    wanted = config(place, start_deadline=2)
     prompt_set = ingest(wanted.ingest, store)
     began = time.monotonic()
     with pytest.raises(RunError, match=said):
         generate(wanted.generate, prompt_set, store)
     assert time.monotonic() - began < within
     assert store.list("completions") == []
+    assert [note for note in store.list("faults") if "/start." in note] == []
 
 
 class Broken:
