@@ -54,7 +54,7 @@ def run_on_ray(flow: Callable[P, R]) -> Callable[P, R]:
                 return flow(*args, **kwargs)
         except BaseException as error:
             if watch.cancelled:
-                return cast(R, Cancelled(message=_KEPT))
+                return cast(R, Cancelled(message=" ".join([_KEPT, *getattr(error, "__notes__", [])])))
             if isinstance(error, ValidationError) and (wrong := _wrong_parameters(error)):
                 raise ConfigError(wrong) from error
             if not isinstance(error, TerminationSignal) or _is_told_by_another():

@@ -48,7 +48,11 @@ def submit_flow(flow: str, config: RunConfig, address: str) -> dict[str, Any]:
     Raises ConfigError when the cluster cannot be reached, refuses the token, or the job refuses the configuration;
     RunError with the end of the job's log when the job fails.
     """
-    client, job = _submitted(flow, config, address)
+    wanted, client = prepared(flow, config), jobs.connect(address)
+    job, runs = _attempt(client, wanted, address)
+    if not runs:
+        _start(client, wanted, job, address)
+    print(f"job {job} at {address}", file=sys.stderr)
     try:
         return _result(*jobs.follow(client, job, address))
     except KeyboardInterrupt:
@@ -62,14 +66,21 @@ def submit_flow(flow: str, config: RunConfig, address: str) -> dict[str, Any]:
 
 def run_flow(flow: str, config: RunConfig, address: str) -> dict[str, Any]:
     """As `submit_flow`, but the job ends with this process, and with whatever interrupts it."""
-    client, job = _submitted(flow, config, address)
+    wanted, client = prepared(flow, config), jobs.connect(address)
+    job, runs = _attempt(client, wanted, address)
     with guard.guarding(client, job):
         try:
+            if not runs:
+                _start(client, wanted, job, address)
+            print(f"job {job} at {address}", file=sys.stderr)
             return _result(*jobs.follow(client, job, address))
         except BaseException as error:
             if not isinstance(error, Exception):
                 print(f"job {job} is being stopped", file=sys.stderr)
-                jobs.stop(client, job, address)
+                try:
+                    jobs.stop(client, job, address)
+                except RunError as unknown:  # the guard goes on trying
+                    error.add_note(str(unknown))
             raise
 
 
@@ -178,27 +189,20 @@ def _absolute(name: str, always: bool = False) -> str:
 # --- the cluster
 
 
-def _submitted(flow: str, config: RunConfig, address: str) -> tuple[JobSubmissionClient, str]:
-    """The job that runs already, or one that was started now."""
-    wanted, client = prepared(flow, config), jobs.connect(address)
+def _attempt(client: JobSubmissionClient, wanted: Job, address: str) -> tuple[str, bool]:
+    """The attempt that goes on, or is the next; and whether it goes on."""
     with jobs.explained(address):
-        job = _running_job(client, wanted.name) or _start(client, wanted)
-    print(f"job {job} at {address}", file=sys.stderr)
-    return client, job
+        known = jobs.attempts(client, wanted.name)
+    for info in known.values():
+        if not jobs.has_ended(info):
+            print(f"job {info.submission_id} is already {info.status.value.lower()}: following it", file=sys.stderr)
+            return str(info.submission_id), True
+    return f"{wanted.name}-{max(known) + 1}" if known else wanted.name, False
 
 
-def _running_job(client: JobSubmissionClient, name: str) -> str | None:
-    if job := jobs.running(client, name):
-        print(f"job {job.submission_id} is already {job.status.value.lower()}: following it", file=sys.stderr)
-        return str(job.submission_id)
-    return None
-
-
-def _start(client: JobSubmissionClient, wanted: Job) -> str:
-    """Submit the next attempt; when somebody else was faster, theirs is the job."""
-    last = max(jobs.attempts(client, wanted.name), default=0)
-    job = wanted.name if last == 0 else f"{wanted.name}-{last + 1}"
-    with tempfile.TemporaryDirectory() as folder:
+def _start(client: JobSubmissionClient, wanted: Job, job: str, address: str) -> None:
+    """Submit it, unless somebody else is faster: theirs has the same name, and does the same."""
+    with tempfile.TemporaryDirectory() as folder, jobs.explained(address):
         Path(folder, "config.yaml").write_text(wanted.config, encoding="utf-8")
         env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(_LEAVE)}
         try:
@@ -208,10 +212,8 @@ def _start(client: JobSubmissionClient, wanted: Job) -> str:
                 runtime_env={"working_dir": folder, "env_vars": env_vars, **code()},
             )
         except RuntimeError:
-            if running := _running_job(client, wanted.name):
-                return running
-            raise
-    return job
+            if _attempt(client, wanted, address) != (job, True):
+                raise
 
 
 def _result(info: JobDetails, log: str) -> dict[str, Any]:

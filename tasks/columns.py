@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, RunError
 from tasks.generate import completions_path
 from tasks.ingest import shards_of
-from tasks.records import DIMENSION, Rewards
+from tasks.records import DIMENSION, RATED, Rewards, texts_seal
 from tasks.samples import Held, Ints, cover, existing, rows_of, wanted_of
 from tasks.score import rewards_path
 from tasks.sections import EnsembleConfig
@@ -145,13 +145,16 @@ class Columns:
         for held, take in parts:
             file, rows = completions_path(fingerprint, shard["prompts"], held), self.rows_of(held)
             width = held.last - held.first
-            columns = self._completions(file, take.shape, generator, texts)
+            columns, seal = self._completions(file, take.shape, generator, texts)
             values: dict[str, Floats] = {}
             for scorer in scorers:
                 name, _, dimension = scorer.partition(":")
                 column = f"{DIMENSION}{dimension}" if dimension else "rewards"
                 path = rewards_path(self.rewards.scorers[name], fingerprint, places[name], held)
-                values[scorer] = dense(self.store.read_table(path, [column])[column], width, np.nan)
+                table = self.store.read_table(path, [column])
+                if seal and (table.schema.metadata or {}).get(RATED, seal) != seal:
+                    raise RunError(f"{path} rates other texts than those of {file} now; remove it and run again")
+                values[scorer] = dense(table[column], width, np.nan)
                 if self.imported:
                     values[scorer] = np.where(columns["authors"] == ABSENT, np.nan, values[scorer])
             columns["files"] = np.broadcast_to(np.int32(len(found["names"])), take.shape)
@@ -166,12 +169,14 @@ class Columns:
                 found["rewards"][scorer][place] = array[take]
         return found
 
-    def _completions(self, file: str, shape: tuple[int, int], generator: int, texts: bool) -> dict[str, NDArray[Any]]:
-        """Authors, digests and lengths of one file; shape: [prompts, samples]."""
+    def _completions(
+        self, file: str, shape: tuple[int, int], generator: int, texts: bool
+    ) -> tuple[dict[str, NDArray[Any]], bytes]:
+        """Authors, digests and lengths of one file, and the seal of its texts; shape: [prompts, samples]."""
         if not texts and not self.imported:
             nothing: NDArray[Any] = np.zeros((), np.int64)
             same = {"authors": np.full((), generator, np.int16), "texts": nothing, "tokens": nothing.astype(np.int32)}
-            return {name: np.broadcast_to(value, shape) for name, value in same.items()}
+            return {name: np.broadcast_to(value, shape) for name, value in same.items()}, b""
         width = shape[1]
         made = self.store.read_table(file, ["tokens", "text_digests", *(["generators"] if self.imported else [])])
         lengths = pc.list_value_length(made["tokens"]).fill_null(0).to_numpy()
@@ -183,7 +188,7 @@ class Columns:
             codes = np.array([numbers.get(name, ABSENT) for name in names.dictionary.to_pylist()], np.int16)
             authors[there] = codes[names.indices.to_numpy()]
         digests, tokens = dense(made["text_digests"], width, 0), dense(made["tokens"], width, 0)
-        return {"authors": authors, "texts": digests, "tokens": tokens}
+        return {"authors": authors, "texts": digests, "tokens": tokens}, texts_seal(made["text_digests"])
 
 
 def _beside(arrays: list[NDArray[Any]]) -> NDArray[Any]:

@@ -32,6 +32,7 @@ from tasks.train import find_training
 from tasks.versions import find_version, read_manifest
 
 MIN_SEEDS = 3
+_CELLS = "evaluations/cells"
 _CURVE = 120  # points of a curve; more steps are averaged
 _CURVES = {"loss": "loss", "rewards/margins": "implicit margin"}
 
@@ -45,7 +46,10 @@ def compare(
     """The result, and what each cell cost: see `_result` and `_costs`."""
     cells = policies.versions
     digests = {
-        cell: cell_digest(config, version.name, rewards.completions, rewards.scorers) for cell, version in cells.items()
+        cell: cell_digest(config, version.name, rewards.completions, rewards.scorers)
+        # Rewards that were missing may be asked for again.
+        + (f".{digest(dict(rewards.counts.dropped))}" if rewards.counts.dropped else "")
+        for cell, version in cells.items()
     }
     missing = [cell for cell in cells if not store.exists(_place(digests[cell]))]
     meter = Meter(report, "compare", len(cells), "policies", reused=len(cells) - len(missing))
@@ -98,7 +102,8 @@ def cell_states(config: ExperimentConfig, store: Store) -> list[dict[str, Any]]:
             generators = config.generators({policy.name: str(policy)}).generators
             made = {one.name: models.generator_fingerprint(one, store) for one in generators}
             completions = Completions(prompts, evaluate.generate.samples, made, prompts.counts)
-            compared = store.exists(_place(cell_digest(config, policy.name, completions, scorers)))
+            of_all = cell_digest(config, policy.name, completions, scorers)
+            compared = any(place.startswith(f"{_CELLS}/{of_all}.") for place in store.list(_CELLS))
         rows.append(
             {
                 **row,
@@ -111,7 +116,7 @@ def cell_states(config: ExperimentConfig, store: Store) -> list[dict[str, Any]]:
 
 
 def _place(digest: str) -> str:
-    return f"evaluations/cells/{digest}.parquet"
+    return f"{_CELLS}/{digest}.parquet"
 
 
 def _measured(config: ExperimentConfig, policy: Version, rewards: Rewards, store: Store) -> pa.Table:

@@ -95,7 +95,7 @@ class DuelWorker:
         self, config: ScorerConfig, fingerprint: str, sides: tuple[str, str], store_url: str, run: str
     ) -> None:
         self.store, self.sides, self.fingerprint = Store(store_url), sides, fingerprint
-        self.loop = started(config, self.store, run)
+        self.loop = started(config, self.store, f"{run}/{fingerprint}")
         self.judge = Judge(config.judge, fingerprint, self.loop)
         self.paid = config.engine == "openai"
 

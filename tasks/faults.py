@@ -6,11 +6,12 @@ process that died over the batch. Its requests are then asked one by one, each w
 raised or hung at alone is refused, as is what two processes ended at. Notes belong to a run: the next one tries again.
 The start of an engine has a note as well, of the actor that it is in: Ray would start one process after the other.
 
-    faults/<run>/<batch or request>.<number>.json
-    faults/<run>/refused.<request>.json
-    faults/<run>/start.<actor>.<number>.json
+    faults/<run>/<fingerprint>/<batch or request>.<number>.json
+    faults/<run>/<fingerprint>/refused.<request>.json
+    faults/<run>/<fingerprint>/start.<actor>.<number>.json
 
-A run's folder holds the notes of what is in hand just now, so a look into it is one small request.
+Engines of another fingerprint may be asked the same just then. A folder holds the notes of what is in hand just now, so
+a look into it is one small request.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class EngineDied(RuntimeError):
 
 class Faults:
     def __init__(self, store: Store, run: str) -> None:
+        """run: with the fingerprint of what is asked, run/fingerprint."""
         self.store, self.run = store, run
 
     def begin(self, name: str, about: Mapping[str, str] | None = None) -> list[str]:
@@ -92,11 +94,11 @@ class Faults:
         return f"{len(notes)} processes ended at it; {told}"
 
     def refused(self, request: str, deaths: int) -> str:
-        """Why a request is not asked again; empty when it is. deaths: of processes over it."""
+        """Why a request is not asked again; empty when it is. deaths: of processes over it. Raises as `refuse` does."""
         note = self._refused(request)
-        if self.store.exists(note):
-            return str(self.store.read_json(note)["reason"])
-        return f"engine died: {deaths} processes ended at it" if deaths >= _DEATHS else ""
+        if deaths >= _DEATHS and not self.store.exists(note):
+            self.refuse(request, f"{deaths} processes ended at it")
+        return str(self.store.read_json(note)["reason"]) if self.store.exists(note) else ""
 
     def refuse(self, request: str, reason: str) -> None:
         """Raises RunError when engines die over too many."""

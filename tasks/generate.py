@@ -104,7 +104,7 @@ class GenerateWorker:
     def __init__(self, config: GeneratorConfig, fingerprint: str, store_url: str, run: str) -> None:
         self.store = Store(store_url)
         self.config, self.fingerprint = config, fingerprint
-        self.loop = started(config, self.store, run)
+        self.loop = started(config, self.store, f"{run}/{fingerprint}")
 
     async def work(self, item: dict[str, Any]) -> dict[str, Any]:
         held = Held(item["first"], item["last"], item.get("part", ""))

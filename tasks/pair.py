@@ -62,6 +62,8 @@ def pair(
             "allotment": completions.allotment,
             # PVar's prior is fitted on the first round, of which two ladders to one allotment may differ.
             **({"ladder": list(completions.ladder)} if completions.ladder else {}),
+            # Rewards that were missing may be asked for again.
+            **({"missing": dict(rewards.counts.dropped)} if rewards.counts.dropped else {}),
             "completions": list(columns.generators.values()),
             "generators": [[name, completions.generators.get(name)] for name in columns.authors],
             "scorer": scorer,

@@ -62,6 +62,14 @@ REWARDS = pa.schema(
 DIMENSION = "dimension."  # a judge's rewards have a column of this name for each dimension, aligned with `rewards`
 
 
+RATED = b"prefsieve.rated"  # where a table of rewards keeps the seal of the texts that were rated
+
+
+def texts_seal(digests: pa.ChunkedArray) -> bytes:
+    """Of the column `text_digests` of a file of completions: an engine that makes it again may answer otherwise."""
+    return hashlib.sha256(digests.combine_chunks().flatten().to_numpy().tobytes()).hexdigest().encode()
+
+
 def rewards_schema(dimensions: Sequence[str] = ()) -> pa.Schema:
     """REWARDS, and a column of numbers per dimension: null where there is no reward."""
     return pa.schema([*REWARDS, *((DIMENSION + name, pa.list_(pa.float64())) for name in dimensions)])

@@ -41,7 +41,8 @@ _VERDICTS = {
 # How chat templates mark turns. What serves an endpoint would take one in a text for its own: in JSON any letter has a
 # second way to be written, which no tokenizer knows as a token of its own.
 _MARK = re.compile(
-    r"<\||<\uff5c|</?s>|<(?:bos|eos|start_of_turn|end_of_turn|start_header|end_header)\b|\[/?(?:INST|SYS)\b"
+    r"<\||<\uff5c|<\w+[|\uff5c]>|</?s>|<(?:bos|eos|unk|pad|start_of_turn|end_of_turn|start_header|end_header)\b|</?role>"
+    r"|<\w+:\w+>|\[/?[A-Z][A-Z_]*\b|\]~|\[e~"
 )
 _REMINDER = "Your last answer could not be read. Answer with the JSON object alone."
 

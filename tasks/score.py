@@ -30,7 +30,7 @@ from tasks.errors import RunError
 from tasks.generate import completions_path, read_rows_of
 from tasks.judge import ENDPOINT, JUDGE, Judge, Rating
 from tasks.progress import Meter, Report, silent
-from tasks.records import DIMENSION, Completions, Counts, Prompt, Rewards, rewards_schema
+from tasks.records import DIMENSION, RATED, Completions, Counts, Prompt, Rewards, rewards_schema, texts_seal
 from tasks.samples import Held, Mask, cover, existing, rows_of, wanted_of
 from tasks.sections import ScoreConfig, ScorerConfig
 from tasks.store import Store
@@ -109,7 +109,7 @@ class ScoreWorker:
         if config.type == "function":
             self.function = models.load_function(config)
             return
-        self.loop = started(config, self.store, run)
+        self.loop = started(config, self.store, f"{run}/{fingerprint}")
         if config.type == "judge":
             self.judge = Judge(config.judge, fingerprint, self.loop)
 
@@ -121,7 +121,8 @@ class ScoreWorker:
             return {**nothing, "finished": item["samples"], "example": "", "file": ""}
         source = completions_path(item["generator"], item["prompts"], held)
         prompts = await asyncio.to_thread(read_rows_of, self.store, item["shard"], held)
-        texts = (await asyncio.to_thread(self.store.read_table, source, ["texts"]))["texts"].to_pylist()
+        completions = await asyncio.to_thread(self.store.read_table, source, ["texts", "text_digests"])
+        texts = completions["texts"].to_pylist()
         rows = prompts.to_pylist()
         # A reward is a function of prompt and text: equal texts of one prompt are asked for once.
         places = [(row, text) for row, row_texts in enumerate(texts) for text in row_texts]
@@ -135,6 +136,7 @@ class ScoreWorker:
             answers = dict(zip(unique, await ask(rows, unique), strict=True))
         outcomes = [answers[place] for place in places]
         table = _table([row["prompt_id"] for row in rows], texts, outcomes, dimensions_of(self.config))
+        table = table.replace_schema_metadata({RATED: texts_seal(completions["text_digests"])})
         made = await asyncio.to_thread(self.store.create_table, path, table)
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         return {

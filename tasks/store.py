@@ -26,12 +26,15 @@ endpoints that failed, takes away.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,6 +48,8 @@ from tasks.errors import ConfigError, RunError
 
 # Of a lost race on a conditional put s3fs makes a FileExistsError for some servers, a bare OSError for others.
 _LOST_RACE = {"PreconditionFailed", "412"}
+_RACING = {"ConditionalRequestConflict", "409"}  # two at once, and AWS has not decided: asked again, it has
+_ROUNDS = 8
 
 UNCONDITIONAL = "the server ignores If-None-Match: let one run at a time write to this store"
 
@@ -180,8 +185,11 @@ class Store:
 
     def remove(self, path: str) -> None:
         """Remove a file, or all files below a path, if there are any. For what nothing refers to."""
-        with contextlib.suppress(FileNotFoundError):  # another run was first
+        try:
             self.fs.rm(self.full(path), recursive=True)
+        except OSError as error:  # another run was first, or writes there
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
     # --- JSON and tables
 
@@ -201,7 +209,9 @@ class Store:
 
     def damaged(self, path: str) -> RunError:
         """To raise for a file that holds something else than what was written there."""
-        return RunError(f"{path} in {self.url} is damaged; remove it and run again, which makes only what is missing")
+        rated = path.removeprefix("completions/")
+        made = f", and what was made of it, rewards/*/{rated}," if rated != path else ""  # an engine may answer anew
+        return RunError(f"{path} in {self.url} is damaged; remove it{made} and run again: only what is missing is made")
 
     def create_json(self, path: str, value: Any) -> bool:
         return self.create(path, sealed(value))
@@ -306,15 +316,20 @@ class Store:
         return True
 
     def _conditional(self, put: Any, *arguments: Any) -> bool:
-        try:
-            put(*arguments, mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            answer = getattr(error.__cause__, "response", None) or {}
-            if answer.get("Error", {}).get("Code") in _LOST_RACE:
+        for left in reversed(range(_ROUNDS)):
+            try:
+                put(*arguments, mode="create")
+            except FileExistsError:
                 return False
-            raise
+            except OSError as error:
+                code = (getattr(error.__cause__, "response", None) or {}).get("Error", {}).get("Code")
+                if code in _LOST_RACE:
+                    return False
+                if code not in _RACING or not left:
+                    raise
+                time.sleep(random.random())
+            else:
+                break
         return True
 
 

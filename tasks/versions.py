@@ -75,7 +75,10 @@ def find_build(store: Store, kind: str, name: str, inputs: str, claim: bool = Tr
 
 
 def remember_build(store: Store, version: Version, inputs: str) -> None:
-    """Called when `find_build` found none: what a pointer of that name says was removed by somebody."""
+    """Called when `find_build` found none: what a pointer of that name says was removed by somebody. Where another run
+    was first meanwhile its version stays the one, so that who goes on from it finds what was made of it."""
+    if find_build(store, version.kind, version.name, inputs):
+        return
     store.replace(_build(version.kind, version.name, inputs), sealed({"version": version.version}))
     _point_latest(store, version)
 

@@ -420,6 +420,19 @@ def test_what_is_made_instead_of_a_removed_version_is_found_although_it_has_anot
     assert find_build(store, "policies", "p", "inputs") == second
 
 
+def test_of_two_runs_that_make_the_same_the_first_is_gone_on_from(store: Store, tmp_path: Path) -> None:
+    made = []
+    for text in ("one", "two"):
+        folder = tmp_path / text
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+        content = {"counts": {"into": 1, "out": 1, "dropped": {}}}
+        made.append(publish_folder(store, "policies", "p", folder, content))
+    for version in made:
+        remember_build(store, version, "inputs")
+    assert find_build(store, "policies", "p", "inputs") == find_version(store, "p", "policies") == made[0]
+
+
 def test_latest_names_the_version_that_was_published_last(fake_run: Curated, tmp_path: Path) -> None:
     store = copy_store(fake_run.store, tmp_path / "store")
     first, wanted = fake_run.versions[0], fake_run.config.subset[0]

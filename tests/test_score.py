@@ -25,7 +25,17 @@ from tasks.records import REWARDS, Completions
 from tasks.score import ScoreWorker, rewards_path, score
 from tasks.sections import GenerateConfig, IngestConfig, ScoreConfig, ScorerConfig
 from tasks.store import Store
-from tests.conftest import Curated, TinyModels, copy_store, files_below, prompts, scorer, write_jsonl
+from tests.conftest import (
+    Curated,
+    TinyModels,
+    copy_store,
+    curate_config,
+    curate_stages,
+    files_below,
+    prompts,
+    scorer,
+    write_jsonl,
+)
 
 
 def configure(models: TinyModels, **changes: Any) -> ScorerConfig:
@@ -373,6 +383,33 @@ def test_a_function_that_lacks_what_it_needs_leaves_no_rewards_and_works_when_th
     key.write_text("abc")
     rewards = score(ScoreConfig(scorers=[config]), completions, store)
     assert rewards.counts.out == rewards.counts.into == 320
+
+
+def test_rewards_that_are_asked_for_again_reach_the_pairs(local_ray: Any, store: Store, tmp_path: Path) -> None:
+    key = tmp_path / "ready"
+    code = (
+        "import os\n"
+        "def score(prompt, text):\n"
+        f"    if prompt.fields['answer'] < 10 and not os.path.exists({str(key)!r}):\n"
+        "        raise OSError('not ready')\n"
+        "    return len(text)\n"
+    )
+    scorer = function_scorer(tmp_path / "late.py", code).model_dump(exclude_unset=True)
+    source = write_jsonl(tmp_path / "prompts.jsonl", prompts(40))
+    ingested = {"source": str(source), "columns": {"keep": ["answer"]}}
+
+    def curated(max_missing: float) -> Curated:
+        wanted = {"scorers": [scorer], "max_missing": max_missing}
+        return curate_stages(curate_config(source, ingest=ingested, score=wanted), store)
+
+    before = curated(0.5)
+    assert before.rewards.counts.dropped and before.pairs[0].counts.dropped["fewer than two rewards"] == 5
+    with pytest.raises(RunError, match="mend the scorer and run again"):
+        curated(0)
+    key.touch()
+    after = curated(0.5)
+    assert not after.rewards.counts.dropped and "fewer than two rewards" not in after.pairs[0].counts.dropped
+    assert after.pairs[0].counts.into == before.pairs[0].counts.into
 
 
 @pytest.mark.parametrize(

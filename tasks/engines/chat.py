@@ -5,12 +5,14 @@ would add another.
 
 Special tokens are the template's alone. A message that writes one ("<|im_end|>") would end its turn and begin another
 in somebody else's name; it becomes plain text instead, letters and punctuation, and everything else in it is tokenised
-as ever. Where a tokenizer cannot do so the request is refused. A template that marks its turns by ordinary words has
-nothing that could be told apart.
+as ever. Where a tokenizer cannot do so the request is refused. Some tokenizers do not call the tokens special that
+their template puts between turns (DeepSeek's), so a conversation is looked at for them. A template that marks its turns
+by ordinary words has nothing that could be told apart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -61,18 +63,31 @@ def writes_marks(tokenizer: Any, texts: Iterable[str]) -> bool:
 
 
 @lru_cache(maxsize=16)
+def _added(tokenizer: Any) -> dict[int, str]:
+    """The added tokens that are special, or that the chat template puts around the turns of a conversation.
+
+    Not those that it writes for its answer alone, such as "<think>", which texts may well hold.
+    """
+    added = {id: token for id, token in tokenizer.added_tokens_decoder.items() if str(token)}
+    turns = [{"role": role, "content": "0"} for role in ("user", "assistant", "user")]
+    shown = ""
+    if tokenizer.chat_template and not all(token.special for token in added.values()):
+        with contextlib.suppress(TemplateError):
+            shown = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
+    return {id: str(token) for id, token in added.items() if token.special or str(token) in shown}
+
+
+@lru_cache(maxsize=16)
 def _marks(tokenizer: Any) -> re.Pattern[str]:
     """Matches the tokenizer's special tokens in a text, the longest first."""
-    tokens = {str(token) for token in tokenizer.all_special_tokens}
-    tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = {*map(str, tokenizer.all_special_tokens), *_added(tokenizer).values()}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token) or "(?!)")
 
 
 @lru_cache(maxsize=16)
 def _special_ids(tokenizer: Any) -> frozenset[int]:
     """Of all special tokens but the one for what is unknown, which may stand for any letter."""
-    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset({*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id})
+    return frozenset({*tokenizer.all_special_ids, *_added(tokenizer)} - {tokenizer.unk_token_id})
 
 
 def _hide_marks(tokenizer: Any, messages: Messages) -> tuple[Messages, dict[str, str]]:
@@ -81,7 +96,9 @@ def _hide_marks(tokenizer: Any, messages: Messages) -> tuple[Messages, dict[str,
     if not any(marks.search(message["content"]) for message in messages):
         return messages, {}
     texts = "".join(message["content"] for message in messages)
-    private = next(letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in texts)
+    private = next((letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in texts), "")
+    if not private:
+        raise ValueError("the text writes a special token, and every letter that could stand in for it")
     hidden: dict[str, str] = {}
 
     def hide(found: re.Match[str]) -> str:
@@ -129,6 +146,8 @@ def _tokens(tokenizer: Any, text: str, **options: bool) -> list[int]:
 
 def _letters(tokenizer: Any, token: str) -> list[int]:
     ids = _tokens(tokenizer, token, split_special_tokens=True)
+    if _special_ids(tokenizer).intersection(ids):  # those that are not called special are not split
+        ids = _tokens(tokenizer, token[:1]) + _tokens(tokenizer, token[1:])
     if _special_ids(tokenizer).intersection(ids):
         raise ValueError(f"the text writes the special token {token!r}, which this tokenizer cannot take as letters")
     return ids

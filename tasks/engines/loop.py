@@ -144,11 +144,13 @@ class EngineLoop:
                 return True
             if item is None:
                 return False
+            self.moved = time.monotonic()
             self._add(*item)
             wait = False
 
     def _add(self, requests: Sequence[Any], batch: _Batch) -> None:
         for index, request in enumerate(requests):
+            self.moved = time.monotonic()
             key = self.requests
             self.requests += 1
             self._waiting[key] = (batch, index)

@@ -143,17 +143,25 @@ class OpenAIJudge:
         }
         async with asyncio.timeout(judge.timeout):
             completion: Any = await self.client.chat.completions.create(**question)
-        choices, usage = getattr(completion, "choices", None), getattr(completion, "usage", None)
-        if not choices:
+        try:
+            message = completion.choices[0].message
+            text = message.content or getattr(message, "refusal", None) or ""
+        except (AttributeError, LookupError, TypeError):
+            text = None
+        if not isinstance(text, str):
             raise ValueError("the answer is no chat completion; is this the right base_url?")
-        message = choices[0].message
-        text = message.content or getattr(message, "refusal", None) or ""
-        return Reply(text, getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
+        return Reply(text, _tokens(completion, "prompt_tokens"), _tokens(completion, "completion_tokens"))
 
     def _said(self, fault: Exception) -> str:
         if isinstance(fault, TimeoutError):
             return f"timed out after {self.config.judge.timeout:g} s"
         return said(fault, self.key)
+
+
+def _tokens(completion: Any, which: str) -> int:
+    """0 where an endpoint does not say."""
+    number = getattr(getattr(completion, "usage", None), which, 0)
+    return number if isinstance(number, int) else 0
 
 
 def api_key(config: ScorerConfig) -> SecretStr:

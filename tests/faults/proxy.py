@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-_CODES = {500: "InternalError", 503: "SlowDown", 429: "TooManyRequests"}
+_CODES = {409: "ConditionalRequestConflict", 500: "InternalError", 503: "SlowDown", 429: "TooManyRequests"}
 
 Rule = Callable[[str, str], "int | float | str | None"]  # method, path with its query
 

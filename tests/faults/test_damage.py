@@ -55,7 +55,7 @@ def test_a_damaged_file_is_named_and_once_removed_is_the_only_one_made_again(
     file = next(path for path in sorted(folder.glob(where if "*" in where else f"{where}/**/*.parquet")))
     file.write_bytes(damage(file.read_bytes()))
     name = str(file.relative_to(folder))
-    with pytest.raises(RunError, match=f"{name} in .* is damaged; remove it and run again"):
+    with pytest.raises(RunError, match=f"{name} in .* is damaged; remove it.* and run again"):
         curate_stages(fake_run.config, store)
     file.unlink()
     before = files_below(folder)
@@ -67,6 +67,24 @@ def test_a_damaged_file_is_named_and_once_removed_is_the_only_one_made_again(
     assert [path for path in after if path not in before and path.startswith(stages)] == [name]
 
 
+def test_rewards_of_texts_that_are_answered_otherwise_now_are_told(fake_run: Curated, tmp_path: Path) -> None:
+    """As an engine may that makes a removed file again."""
+    store = copy_store(fake_run.store, tmp_path / "store")
+    for folder in ("pairs", "subsets"):
+        shutil.rmtree(Path(store.url) / folder)
+    (path, *_) = store.list("completions")
+    table = store.read_table(path)
+    digests = [[digest + 1 for digest in row] for row in table["text_digests"].to_pylist()]
+    column = table.schema.get_field_index("text_digests")
+    store.remove_file(path)
+    store.create_table(path, table.set_column(column, table.field(column), pa.array(digests, table.field(column).type)))
+    with pytest.raises(RunError, match=rf"rewards/.* rates other texts than those of {path} now; remove it and run"):
+        curate_stages(fake_run.config, store)
+    for rewards in Path(store.url).glob(f"rewards/*/{path.removeprefix('completions/')}"):
+        rewards.unlink()
+    assert curate_stages(fake_run.config, store).versions
+
+
 @pytest.mark.parametrize("damage", [truncated, flipped])
 @pytest.mark.parametrize("where", ["pairs/*/pairs.parquet", "pairs/*/manifest.json", "pairs/*/selections/*.parquet"])
 def test_damaged_pairs_are_named_and_made_again(where: str, damage: Damage, fake_run: Curated, tmp_path: Path) -> None:
@@ -74,7 +92,7 @@ def test_damaged_pairs_are_named_and_made_again(where: str, damage: Damage, fake
     shutil.rmtree(Path(store.url) / "subsets")
     for file in sorted(Path(store.url).glob(where)):
         file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(RunError, match="is damaged; remove it and run again"):
+    with pytest.raises(RunError, match=r"is damaged; remove it.* and run again"):
         curate_stages(fake_run.config, store)
     for file in sorted(Path(store.url).glob(where)):
         file.unlink()

@@ -20,6 +20,7 @@ from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.records import Completions
 from tasks.score import score
+from tasks.sections import ScoreConfig, ScorerConfig
 from tasks.store import Store
 from tests.conftest import Curated, curate_config, curate_stages, prompts, scorer, write_jsonl
 from tests.conftest import generator as fake
@@ -120,8 +121,9 @@ def test_a_prompt_that_a_reward_model_dies_over_has_no_rewards_but_a_reason(
         ),
         ("start", "hang", r"did not start: it was not ready after 2 s", 60),
         ("", "raise", "one request after the other, the last time: RuntimeError: made to fail", 120),
+        ("", "exit", "one request after the other, the last time: 2 processes ended at it", 240),
     ],
-    ids=["start raises", "start ends its process", "start hangs", "every request"],
+    ids=["start raises", "start ends its process", "start hangs", "every request raises", "every request ends it"],
 )
 def test_an_engine_that_does_nothing_else_but_fail_ends_the_run_with_its_words(
     part: str, what: str, said: str, within: float, local_ray: Any, place: Path, faults: Path, store: Store
@@ -135,6 +137,45 @@ def test_an_engine_that_does_nothing_else_but_fail_ends_the_run_with_its_words(
     assert time.monotonic() - began < within
     assert store.list("completions") == []
     assert [note for note in store.list("faults") if "/start." in note] == []
+
+
+def test_engines_that_are_asked_the_same_at_once_are_not_blamed_for_each_other(
+    local_ray: Any, place: Path, faults: Path, store: Store
+) -> None:
+    wanted = config(place)
+    completions = generate(wanted.generate, ingest(wanted.ingest, store), store)
+    faults.write_text(json.dumps({"": "sleep 0.2"}))
+    args = {"engine_args": {"faults": str(faults)}}
+    names = ["one", "two", "three", "four"]
+    rewards = score(
+        ScoreConfig(scorers=[ScorerConfig(**scorer(name, **args, cpus=0.5)) for name in names]), completions, store
+    )
+    assert rewards.counts.dropped == {}
+    assert rewards.work.retries == 0
+
+
+class Slow:
+    """An engine that takes its time to take a request in."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def add(self, key: int, request: str) -> None:
+        time.sleep(0.7)
+        self.asked.append(key)
+
+    def step(self) -> list[Any]:
+        done, self.asked = [(key, "x") for key in self.asked], []
+        return done
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_engine_that_had_nothing_to_do_for_long_is_not_taken_for_hung() -> None:
+    loop = EngineLoop(Slow(), deadline=1.5)
+    time.sleep(2)
+    assert asyncio.run(loop.answers(["a", "b", "c"])) == ["x", "x", "x"]
 
 
 class Broken:

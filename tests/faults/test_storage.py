@@ -51,18 +51,19 @@ def now_and_then(**faults: Any) -> Callable[[str, str], Any]:
     rng = random.Random(0)
 
     def rule(method: str, path: str) -> Any:
-        return next((FAULTS[name] for name, number in faults.items() if rng.random() < 1 / number), None)
+        drawn = (name for name, number in faults.items() if rng.random() < 1 / number)
+        return next((FAULTS[name] for name in drawn if name != "conflict" or method == "PUT"), None)
 
     return rule
 
 
-FAULTS = {"error": 500, "slow_down": 503, "reset": "reset", "lost": "lost", "slow": 0.5}
+FAULTS = {"conflict": 409, "error": 500, "slow_down": 503, "reset": "reset", "lost": "lost", "slow": 0.5}
 
 
 @pytest.mark.parametrize(
     "rule",
-    [now_and_then(error=8, slow_down=8), now_and_then(reset=10, lost=10, slow=5)],
-    ids=["500 and 503 SlowDown", "reset, answer lost, slow"],
+    [now_and_then(error=8, slow_down=8, conflict=4), now_and_then(reset=10, lost=10, slow=5)],
+    ids=["500, 503 SlowDown, 409 of two at once", "reset, answer lost, slow"],
 )
 def test_a_server_that_fails_now_and_then_changes_nothing(
     rule: Any, configuration: Path, between: Proxy, s3: SeaweedFS, env: dict[str, str], undisturbed: Any, request: Any

@@ -13,8 +13,10 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
@@ -23,11 +25,22 @@ import httpx
 import pytest
 import yaml
 
+from flows import guard
 from tasks.store import Store
 from tests.conftest import curate_values, generator, prompts, scorer, write_jsonl
 from tests.faults.relay import relay
 from tests.faults.runs import ENGINE, finished, kill, left_on, processes, report, wait_for
-from tests.services import ROOT, RayHead, environment, prefect_worker, prefsieve, ray_head, ray_node, unlocked
+from tests.services import (
+    ROOT,
+    RayHead,
+    environment,
+    free_ports,
+    prefect_worker,
+    prefsieve,
+    ray_head,
+    ray_node,
+    unlocked,
+)
 
 PROMPTS, SHARD = 160, 8
 SHARDS = PROMPTS // SHARD
@@ -262,17 +275,61 @@ def test_a_workers_run_that_is_cancelled_leaves_nothing_behind(
         nothing_is_left(cluster)
 
 
-def test_a_worker_that_is_told_to_end_ends_the_job_that_its_run_follows(
+def test_a_workers_run_that_is_killed_ends_the_job_that_it_follows(
     cluster: Cluster, work: Work, deployed: str, worker: str, prefect_api: str
 ) -> None:
+    """As a worker kills its runs when it ends."""
     work.slow()
     (itself,) = processes(worker)
     with going_on(work):
         started(prefect_api, deployed, work, cluster.head.address)
         begun(work)
-        os.kill(itself, signal.SIGTERM)
-        wait_until(lambda: not processes(worker))
+        kill([pid for pid in processes(worker) if pid != itself and b"guard.py" not in command(pid)])
+        wait_until(lambda: processes(worker) == [itself])
         nothing_is_left(cluster)
+
+
+def test_a_worker_that_its_service_ends_ends_the_job_that_its_run_follows(
+    cluster: Cluster, work: Work, deployed: str, worker: str, prefect_api: str
+) -> None:
+    """As systemd does it: all processes are told to end, and those that are still there after a while are killed."""
+    work.slow()
+    with going_on(work):
+        started(prefect_api, deployed, work, cluster.head.address)
+        begun(work)
+        for pid in processes(worker):
+            os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(AssertionError):  # Prefect's worker loses a signal now and then
+            wait_until(lambda: not processes(worker), seconds=45)
+        kill(processes(worker))
+        nothing_is_left(cluster)
+
+
+def test_a_guard_goes_on_while_nobody_answers_and_nobody_ends_it() -> None:
+    stopped: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            stopped.append((self.path, self.headers["Authorization"]))
+            self.send_response(503 if len(stopped) == 1 else 200)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    (port,) = free_ports(1)
+    order = {"url": f"http://127.0.0.1:{port}/api/jobs/x/stop", "headers": {"Authorization": "Bearer t"}}
+    beside = subprocess.Popen([sys.executable, "-I", guard.__file__], stdin=subprocess.PIPE, text=True)
+    assert beside.stdin
+    beside.stdin.write(f"{json.dumps(order)}\n")
+    beside.stdin.close()
+    time.sleep(2)
+    beside.terminate()
+    with HTTPServer(("127.0.0.1", port), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert beside.wait(60) == 0
+        server.shutdown()
+    assert stopped == [("/api/jobs/x/stop", "Bearer t")] * 2
 
 
 def test_after_all_that_the_same_command_does_what_is_missing_and_publishes_the_same_version(

@@ -179,9 +179,13 @@ def test_what_is_inside_of_a_folder_stays_there(path: str) -> None:
         )
 
 
+_MARKS = ("<|", "<turn|>", "</s>", "<s>", "<start_of_turn", "<end_of_turn", "<role>", "</role>", "<seed:")
+_MARKS += ("[INST", "[/INST", "[SYSTEM", "]~", "[e~")
+
+
 @given(texts, texts)
 def test_what_a_judge_is_shown_is_the_texts_and_no_mark_of_a_template(prompt: str, response: str) -> None:
     messages = [{"role": "user", "content": prompt}]
     data = rubric.rating_messages(JudgeConfig(), messages, response)[1]["content"]
     assert json.loads(data) == {"prompt": messages, "response": response}
-    assert not [mark for mark in ("<|", "</s>", "<s>", "[INST", "<start_of_turn", "<end_of_turn") if mark in data]
+    assert not [mark for mark in _MARKS if mark in data]
