@@ -337,7 +337,8 @@ def ray_node(
 class JudgeEndpoint:
     """Chat completions over HTTP, as `answer(data, before)` says: the data to judge, and how often it was asked before.
 
-    A text is a reply; an int the status of an error, with headers where it is a pair; None is silence.
+    A text is a reply, a dict a whole answer; an int the status of an error, with headers where it is a pair; None is
+    silence.
     """
 
     answer: Callable[[dict[str, Any], int], Any]
@@ -391,6 +392,8 @@ def judge_endpoint(answer: Callable[[dict[str, Any], int], Any], **about: Any) -
                 usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
                 about = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
                 self._say(200, {**about, "choices": [choice], "usage": usage})
+            elif isinstance(said, dict):
+                self._say(200, said)
             else:
                 status, headers = said if isinstance(said, tuple) else (said, {})
                 self._say(status, {"error": {"message": f"status {status}, key {endpoint.key}"}}, headers)

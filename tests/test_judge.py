@@ -320,6 +320,10 @@ def test_ratings_arrive_per_dimension_and_a_rerun_asks_nothing(local_ray: Any, a
 def test_what_passes_is_tried_again_and_what_cannot_be_read_is_asked_once_more(local_ray: Any, answered: Any) -> None:
     completions, store = answered
     moods: list[Any] = [(429, {"Retry-After": "1"}), 500, "I think it deserves a 5.", 503, "{}", 408]
+    moods += [{"choices": [{}]}, {"a": 1}, {"choices": ["x"]}]
+    moods += [
+        {"choices": [{"message": {"content": [{"type": "text", "text": "{}"}]}}], "usage": {"prompt_tokens": "x"}}
+    ]
 
     def answer(data: dict[str, Any], before: int) -> Any:
         number = int(data["prompt"][0]["content"].split()[2])
