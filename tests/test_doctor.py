@@ -270,9 +270,19 @@ def test_an_engine_that_hangs_is_waited_for_as_long_as_its_deadline() -> None:
         asyncio.run(ask(Failing()))
 
 
-def test_an_engine_that_hangs_does_not_hang_the_doctor(local_ray: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "what", "words"),
+    [
+        ("Capital of France", "hang", "the engine hangs: no step within 1 s"),
+        ("Capital of France", "exit", "an engine failed: 2 processes ended at it"),
+        ("start", "exit", "an engine did not start: 2 processes ended at it"),
+    ],
+)
+def test_an_engine_that_hangs_or_ends_its_process_does_not_hang_the_doctor(
+    part: str, what: str, words: str, local_ray: Any, tmp_path: Path
+) -> None:
     faults = tmp_path / "faults.json"
-    faults.write_text(json.dumps({"Capital of France": "hang"}))
+    faults.write_text(json.dumps({part: what}))
     hangs = generator(engine_args={"faults": str(faults)}, deadline=1)
     config = curate_config(
         write_jsonl(tmp_path / "prompts.jsonl", prompts(4)),
@@ -283,7 +293,7 @@ def test_an_engine_that_hangs_does_not_hang_the_doctor(local_ray: Any, tmp_path:
     rows = {row["what"]: row for row in examine(config, load=True)["checks"]}
     assert time.monotonic() - started < 120
     assert not rows["generator policy loaded"]["ok"]
-    assert "the engine hangs: no step within 1 s" in rows["generator policy loaded"]["found"]
+    assert words in rows["generator policy loaded"]["found"]
     assert rows["scorer reward loaded"]["ok"], "the others are tried all the same"
 
 
