@@ -25,6 +25,7 @@ from flows.cli import FLOWS
 from flows.deployments import Deployment, NewPool, WorkPool, read_file
 from flows.form import folded, form
 from tasks.errors import ConfigError
+from tasks.urls import shown
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -130,8 +131,8 @@ def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
             "(`prefect server start` starts one there)"
         )
     with get_client(sync_client=True) as client:
-        _greet(client, url)
-        yield client, url
+        _greet(client, shown(url))
+        yield client, shown(url)
 
 
 def _greet(client: SyncPrefectClient, url: str) -> None:
@@ -142,7 +143,7 @@ def _greet(client: SyncPrefectClient, url: str) -> None:
         client.api_version()  # unlike /health, not answered by Prefect's UI, nor without a password
     except httpx.TransportError as error:
         raise ConfigError(
-            f"PREFECT_API_URL: no Prefect server answers at {url} ({error}); start it, or correct the URL"
+            f"PREFECT_API_URL: no Prefect server answers at {url} ({shown(str(error))}); start it, or correct the URL"
         ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"PREFECT_API_URL: {url} is not a Prefect API; the URL ends in /api") from error

@@ -129,7 +129,7 @@ def read_file(file: Path, changes: Sequence[str] = ()) -> DeploymentsFile:
     try:
         content = DeploymentsFile.model_validate(raw, context=file.parent)
     except ValidationError as error:
-        raise ConfigError(f"{file}: {describe_errors(error)}") from error
+        raise ConfigError(f"{file}: {describe_errors(error.errors())}") from error
     for deployment, entry in zip(content.deployments, raw["deployments"], strict=True):
         given = entry.get("parameters")
         source = f" ({file.parent / given})" if isinstance(given, str) else ""
@@ -171,7 +171,7 @@ def _check_part(flow: str, values: dict[str, Any], path: Path) -> None:
             raise
         wrong: list[Any] = [each for each in found.errors() if each["loc"] and each["type"] != "missing"]
         if wrong:
-            told = describe_errors(ValidationError.from_exception_data(found.title, wrong))
+            told = describe_errors(ValidationError.from_exception_data(found.title, wrong).errors())
             raise ConfigError(f"{path}: {told}") from error
 
 

@@ -238,6 +238,15 @@ def test_deploy_to_a_server_that_is_not_there_names_the_url(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+def test_a_password_in_the_servers_url_is_not_shown(api: httpx.Client, tmp_path: Path) -> None:
+    for url in ("http://127.0.0.1:9/api", _url(api).removesuffix("/api"), _url(api)):
+        secret = url.replace("://", "://me:hunter2@")
+        done = prefsieve("deploy", env=environment(PREFECT_HOME=str(tmp_path), PREFECT_API_URL=secret))
+        assert done.returncode == (0 if url == _url(api) else 2), done.stderr
+        assert url in done.stdout + done.stderr
+        assert "hunter2" not in done.stdout + done.stderr
+
+
 def test_deploy_to_the_servers_ui_instead_of_its_api_says_how_the_url_ends(api: httpx.Client, tmp_path: Path) -> None:
     env = environment(PREFECT_HOME=str(tmp_path), PREFECT_API_URL=_url(api).removesuffix("/api"))
     done = prefsieve("deploy", env=env)
