@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import os
 import pickle
 import re
@@ -26,10 +27,10 @@ from pydantic import ValidationError
 
 from tasks import models, rubric
 from tasks.config import CurateConfig, TrainConfig
-from tasks.engines import Answer, GenerationRequest, ScoringRequest
+from tasks.engines import Answer, ChatRequest, GenerationRequest, ScoringRequest
 from tasks.engines.chat import prompt_ids, scored_ids, writes_marks
 from tasks.engines.loop import EngineLoop
-from tasks.errors import ConfigError, RunError
+from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
 from tasks.sections import GeneratorConfig, IngestConfig, JudgeConfig, ScorerConfig
 from tasks.store import Store
 from tasks.training import PolicyConfig
@@ -428,6 +429,50 @@ def test_what_wrong_parameters_of_a_flow_were_is_not_in_the_error() -> None:
     with pytest.raises(ValidationError) as caught:
         CurateConfig.model_validate(curate_values("p.jsonl", ray_address="http://me:hunter2@head:8265"))
     assert "ray_address" in str(caught.value) and "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 429, 500, 503])
+def test_a_judges_key_is_in_no_traceback(
+    status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prefect logs an error with all of its causes."""
+    from tasks.engines.openai import OpenAIJudge, served
+
+    key = f"sk-{secrets.token_hex(16)}"
+    monkeypatch.setenv("SOME_KEY", key)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = json.dumps({"error": {"message": f"bad key {self.headers['Authorization']}"}}).encode()
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_POST = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        about = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "api_key_env": "SOME_KEY", "retries": 0}
+        config = ScorerConfig.model_validate({"name": "j", "type": "judge", "model": "m", "judge": about})
+        judge = OpenAIJudge(config)
+        judge.add(0, ChatRequest([{"role": "user", "content": "x"}], {}, 1))
+
+        def answers() -> None:
+            while not judge.step():
+                pass
+
+        for ask in (lambda: served(config), answers):
+            with pytest.raises((ConfigError, Unreachable)) as caught:
+                ask()
+            logging.getLogger("run").error("failed", exc_info=caught.value)
+            assert is_network_fault(caught.value) == (status not in (401, 403))
+        judge.close()
+        server.shutdown()
+    assert key not in caplog.text
+    assert caplog.text.count("Traceback") == 2
 
 
 def command_lines() -> bytes:
