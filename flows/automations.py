@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tasks.errors import ConfigError
 
@@ -32,6 +32,13 @@ class Automation(BaseModel):
     enabled: bool = True  # left out, it stays as the UI has it
     trigger: dict[str, Any]
     actions: list[dict[str, Any]] = Field(min_length=1)
+
+    @field_validator("actions")
+    @classmethod
+    def _blocks_have_names(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not all(isinstance(action.get("block", ""), str) for action in value):
+            raise ValueError("`block` is the name of a notification block")
+        return value
 
     @property
     def blocks(self) -> set[str]:

@@ -14,9 +14,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -25,6 +25,10 @@ from flows.values import load_values, shortened
 from tasks.config import CurateConfig, EvaluateConfig, RunConfig, TrainConfig, is_dashboard
 from tasks.errors import ConfigError, RunError, is_network_fault
 from tasks.experiments import ExperimentConfig
+from tasks.urls import shown, without_secrets
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 app = typer.Typer(
     add_completion=True,
@@ -41,6 +45,7 @@ FLOWS: dict[str, type[RunConfig]] = {
 }
 
 _MOST_ERRORS = 20  # shown of a configuration
+_LONGEST_VALUE = 2000  # characters; what is longer is no value to look at
 
 Config = Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)]
 Set = Annotated[list[str], typer.Option("--set", help="Change a value: --set generate.samples=16", show_default=False)]
@@ -247,7 +252,7 @@ def doctor(
     from flows.doctor import examine
     from tasks.cluster import disconnecting
 
-    values = load_values(config, set_, store) if config else {"store": store}
+    values = load_values(config, set_, store) if config else {"store": without_secrets(store, "store: ")}
     with _stdout_for_results(), disconnecting():
         result = examine(parse(flow_of(values), values, config) if config else RunConfig.model_validate(values), load)
     _print(as_json, result, "doctor_markdown")
@@ -269,8 +274,8 @@ def main() -> None:
         if not isinstance(error, OSError) and not is_network_fault(error):
             raise  # a fault of ours: whoever mends it needs the traceback
         asked = getattr(error, "_request", None)  # of httpx: Prefect's server
-        where = f" at {asked.url}" if asked else ""
-        _fail(f"{type(error).__name__}{where}: {error}; what was finished is kept, run again to go on", 1)
+        told = f"{type(error).__name__}{f' at {asked.url}' if asked else ''}: {error}"
+        _fail(f"{shown(told)}; what was finished is kept, run again to go on", 1)
 
 
 # --- configuration
@@ -283,13 +288,13 @@ def parse(flow: str, values: dict[str, Any], path: Path) -> Any:
     try:
         return FLOWS[flow].model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe_errors(error)}") from error
+        raise ConfigError(f"{path}: {describe_errors(error.errors())}") from error
 
 
-def describe_errors(error: ValidationError) -> str:
+def describe_errors(errors: Sequence[ErrorDetails]) -> str:
     """pydantic's findings, one a line: field, what is wrong, value."""
     lines = []
-    for found in error.errors(include_url=False)[:_MOST_ERRORS]:
+    for found in errors[:_MOST_ERRORS]:
         field = ".".join(str(part)[:64] for part in found["loc"])
         message = found["msg"].removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
@@ -297,9 +302,11 @@ def describe_errors(error: ValidationError) -> str:
         elif found["type"] == "missing":
             message = "this field is required"
         value = found.get("input") if found["type"] != "extra_forbidden" else None  # `api_key` may hold one
-        shown = f" (got {shortened(value)})" if field and isinstance(value, str | int | float | bool) else ""
-        lines.append(f"{field}: {message}{shown}" if field else message)
-    more = error.error_count() - len(lines)
+        if isinstance(value, str) and (len(value) > _LONGEST_VALUE or shown(value) != value):
+            value = None  # it may hold a password
+        got = f" (got {shortened(value)})" if field and isinstance(value, str | int | float | bool) else ""
+        lines.append(f"{field}: {message}{got}" if field else message)
+    more = len(errors) - len(lines)
     return "\n  ".join([*lines, *([f"... and {more:,} more"] if more else [])])
 
 
@@ -375,7 +382,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 def _store(url: str) -> Any:
     from tasks.store import Store
 
-    store = Store(RunConfig(store=url).store_url)
+    store = Store(url or RunConfig().store_url)
     store.reach()
     return store
 

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from flows.automations import checked, register
-from flows.cli import FLOWS
+from flows.cli import FLOWS, describe_errors
 from flows.deployments import Deployment, NewPool, WorkPool, read_file
 from flows.form import folded, form
 from tasks.errors import ConfigError
+from tasks.urls import shown
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -110,7 +111,7 @@ def _new_pool(pool: NewPool, file: Path) -> WorkPoolCreate:
             raise ConfigError(
                 f"{where}: cannot be read: {error.strerror}; check the path, which is relative to the deployments file"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: is not JSON: {error}; correct the file") from error
         if not isinstance(template, dict):
             raise ConfigError(f"{where}: holds no JSON object; correct the file")
@@ -130,8 +131,8 @@ def _server() -> Iterator[tuple[SyncPrefectClient, str]]:
             "(`prefect server start` starts one there)"
         )
     with get_client(sync_client=True) as client:
-        _greet(client, url)
-        yield client, url
+        _greet(client, shown(url))
+        yield client, shown(url)
 
 
 def _greet(client: SyncPrefectClient, url: str) -> None:
@@ -142,7 +143,7 @@ def _greet(client: SyncPrefectClient, url: str) -> None:
         client.api_version()  # unlike /health, not answered by Prefect's UI, nor without a password
     except httpx.TransportError as error:
         raise ConfigError(
-            f"PREFECT_API_URL: no Prefect server answers at {url} ({error}); start it, or correct the URL"
+            f"PREFECT_API_URL: no Prefect server answers at {url} ({shown(str(error))}); start it, or correct the URL"
         ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"PREFECT_API_URL: {url} is not a Prefect API; the URL ends in /api") from error
@@ -220,8 +221,8 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
     model = FLOWS[deployment.flow].__name__
     flow: Any = load_flow_from_entrypoint(deployment.entrypoint)
     drawn = form(parameter_schema(flow).model_dump(), model)
-    schedules = [Schedule(**times.model_dump(exclude_none=True)) for times in deployment.schedules]
     try:
+        schedules = [Schedule(**times.model_dump(exclude_none=True)) for times in deployment.schedules]
         registration = flow.to_deployment(
             name=deployment.name,
             description=deployment.description,
@@ -237,7 +238,8 @@ def _registration(deployment: Deployment) -> RunnerDeployment:
             version=_version(),
         )
     except ValueError as error:
-        raise ConfigError(f"deployment {deployment.name!r}: {error}") from error
+        told = describe_errors(error.errors()) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(f"deployment {deployment.name!r}: {told}") from error
     assert not isinstance(registration, Coroutine)  # it would be one inside an event loop only
     registration._parameter_openapi_schema = Form.model_validate(drawn)
     return registration

@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 class WorkPool(_Strict):
     """Where runs of a deployment wait for a worker."""
 
-    name: str
+    name: str = Field(min_length=1)
     work_queue_name: str | None = None
     job_variables: dict[str, Any] = {}
 
@@ -36,7 +36,7 @@ class WorkPool(_Strict):
 class NewPool(_Strict):
     """What a work pool is made as, when it is missing."""
 
-    name: str
+    name: str = Field(min_length=1)
     type: Literal["process", "kubernetes"]
     base_job_template: Path | None = None  # a file, relative to this one; empty takes that of a process
     job_variables: dict[str, Any] = {}  # of all deployments that are registered in it
@@ -73,7 +73,7 @@ class Deployment(_Strict):
     """One entry of `deployments:`, in Prefect's own words."""
 
     name: str
-    entrypoint: str = Field(pattern=r"^flows\.\w+\.\w+$")  # a module: never a path of the deploying machine
+    entrypoint: str  # a module: never a path of the deploying machine
     work_pool: WorkPool
     description: str | None = None
     tags: list[str] = []
@@ -82,6 +82,13 @@ class Deployment(_Strict):
     concurrency_limit: int | dict[str, Any] | None = None
     enforce_parameter_schema: bool = True
     parameters: dict[str, Any] = {}  # or the name of a configuration file that has them, relative to this one
+
+    @field_validator("entrypoint")
+    @classmethod
+    def _of_a_flow(cls, value: str) -> str:
+        if value not in (there := [f"flows.{flow}.{flow}" for flow in FLOWS]):
+            raise ValueError(f"there is no such flow; give one of {', '.join(there)}")
+        return value
 
     @field_validator("parameters", mode="before")
     @classmethod
@@ -129,7 +136,7 @@ def read_file(file: Path, changes: Sequence[str] = ()) -> DeploymentsFile:
     try:
         content = DeploymentsFile.model_validate(raw, context=file.parent)
     except ValidationError as error:
-        raise ConfigError(f"{file}: {describe_errors(error)}") from error
+        raise ConfigError(f"{file}: {describe_errors(error.errors())}") from error
     for deployment, entry in zip(content.deployments, raw["deployments"], strict=True):
         given = entry.get("parameters")
         source = f" ({file.parent / given})" if isinstance(given, str) else ""
@@ -169,10 +176,9 @@ def _check_part(flow: str, values: dict[str, Any], path: Path) -> None:
         found = error.__cause__
         if not isinstance(found, ValidationError):
             raise
-        wrong: list[Any] = [each for each in found.errors() if each["loc"] and each["type"] != "missing"]
+        wrong = [each for each in found.errors() if each["loc"] and each["type"] != "missing"]
         if wrong:
-            told = describe_errors(ValidationError.from_exception_data(found.title, wrong))
-            raise ConfigError(f"{path}: {told}") from error
+            raise ConfigError(f"{path}: {describe_errors(wrong)}") from error
 
 
 def _arguments(config: RunConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.errors import ConfigError, RunError
+from tasks.urls import shown
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -39,8 +40,11 @@ Answer = TypeVar("Answer")
 
 def connect(address: str) -> JobSubmissionClient:
     """A client of the dashboard. ConfigError when none answers, or it refuses the token."""
-    if not re.fullmatch(r"https?://[^/]+/?", address):
-        raise ConfigError(f"--address {address!r}: give the dashboard of the Ray cluster, such as http://HEAD:8265")
+    if not re.fullmatch(r"https?://[^/@?#\s]+/?", address):
+        raise ConfigError(
+            f"--address {shown(address)!r}: give the dashboard of the Ray cluster, such as http://HEAD:8265, and its "
+            "token by RAY_AUTH_TOKEN"
+        )
     for name in _OVERRIDES:
         os.environ.pop(name, None)
     from ray.job_submission import JobSubmissionClient

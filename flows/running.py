@@ -70,7 +70,7 @@ def _wrong_parameters(error: ValidationError) -> str:
     """In words, when they do not go together; empty for what else did not fit a model of pydantic's."""
     from flows.cli import FLOWS, describe_errors
 
-    return describe_errors(error) if error.title in {config.__name__ for config in FLOWS.values()} else ""
+    return describe_errors(error.errors()) if error.title in {config.__name__ for config in FLOWS.values()} else ""
 
 
 def _as_a_form_fills_it(signature: inspect.Signature) -> inspect.Signature:

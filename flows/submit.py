@@ -25,6 +25,7 @@ from flows import guard, jobs
 from tasks.cluster import code
 from tasks.config import DEFAULT_STORE, RunConfig, is_local_path
 from tasks.errors import ConfigError, RunError
+from tasks.urls import without_secrets
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -135,7 +136,7 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
     """The configuration with every local path made absolute: a job has another working folder."""
     values = copy.deepcopy(values)
     if store := values.get("store") or os.environ.get("PREFSIEVE_STORE"):
-        values["store"] = _absolute(store, always=True)
+        values["store"] = _absolute(without_secrets(store, "store: "), always=True)
     for part in (
         values,
         values.get("curate") or {},

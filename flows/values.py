@@ -53,16 +53,47 @@ def read_yaml(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Of a key that stands twice PyYAML takes the last one, without a word."""
+    """Of a key that stands twice PyYAML takes the last one, without a word. Merged mappings (`<<`) it writes out with
+    all that they repeat, and numbers of base 60 take it minutes."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key.tag == "tag:yaml.org,2002:str" and key.value in seen:
-                told = f"the key {shortened(key.value)} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+    merged = 0  # keys, as they unfold
+
+    def flatten_mapping(self, node: Any) -> None:
+        own: set[str] = set()
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:str" and key.value in own:
+                raise self._wrong(f"the key {shortened(key.value)} stands twice", key)
+            if isinstance(key, yaml.ScalarNode):
+                own.add(key.value)
+            if key.tag == "tag:yaml.org,2002:merge":
+                self._count(value.value if isinstance(value, yaml.SequenceNode) else [value])
+        super().flatten_mapping(node)
+        # As in a dict the last one counts. Keys that are no scalars are told apart: they are refused anyway.
+        last = {
+            (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key): (key, at) for key, at in node.value
+        }
+        node.value = list(last.values())
+
+    def _count(self, merged: list[Any]) -> None:
+        for node in merged:
+            if isinstance(node, yaml.MappingNode):  # else it is refused
+                self.flatten_mapping(node)
+                self.merged += 1 + len(node.value)
+                if self.merged > _MOST_VALUES:
+                    raise self._wrong(f"more than {_MOST_VALUES:,} values, merges unfolded; use fewer", node)
+
+    def number(self, node: Any) -> Any:
+        if isinstance(node, yaml.ScalarNode) and ":" in node.value:
+            raise self._wrong(f"{shortened(node.value)} is a number of base 60; put it in quotes to have a text", node)
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
+    @staticmethod
+    def _wrong(told: str, node: Any) -> yaml.constructor.ConstructorError:
+        return yaml.constructor.ConstructorError(None, None, told, node.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
 
 
 def _parsed(text: str) -> Any:
@@ -133,7 +164,7 @@ def set_value(values: dict[str, Any], change: str) -> None:
             target = target[int(name)] if isinstance(target, list) else target.setdefault(name, {})
         target[int(last) if isinstance(target, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--set {shortened(change)}: there is no such place in the configuration") from error
+        raise ConfigError(f"--set {shortened(field)}: there is no such place in the configuration") from error
 
 
 def _name(key: Any) -> str:

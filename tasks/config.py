@@ -26,6 +26,7 @@ from tasks.sections import (
     unique,
 )
 from tasks.training import PolicyConfig, TrainingConfig, micro_batch
+from tasks.urls import Place
 
 DEFAULT_STORE = ".prefsieve/store"
 PAIR_SCORE = "score"  # what the scores of imported pairs are called
@@ -174,7 +175,7 @@ class PublishConfig(Section):
 
 
 class RunConfig(Section):
-    store: str = Field("", description="Folder or s3:// URL; empty takes PREFSIEVE_STORE, else .prefsieve/store.")
+    store: Place = Field("", description="Folder or s3:// URL; empty takes PREFSIEVE_STORE, else .prefsieve/store.")
     ray_address: str = Field(
         "local",
         description="local starts Ray here; auto and HOST:PORT join a cluster; http://HEAD:8265 runs as a job there.",
@@ -184,7 +185,7 @@ class RunConfig(Section):
     @field_validator("ray_address")
     @classmethod
     def _an_address(cls, value: str) -> str:
-        if not re.fullmatch(r"local|auto|[^/@\s]+:\d{1,5}|https?://[^/@\s]+/?", value):
+        if not re.fullmatch(r"local|auto|[^/@\s]+:\d{1,5}|https?://[^/@?#\s]+/?", value):
             raise ValueError(
                 "give local, auto, HOST:PORT of a cluster to join, or http://HEAD:8265 of its dashboard; tokens go "
                 "into the environment"

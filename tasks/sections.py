@@ -8,9 +8,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from tasks.errors import ConfigError
+from tasks.urls import Place, secret_setting
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 # A number, so that a form has an input for it; `auto` is a word for 0.
@@ -25,7 +34,7 @@ def unique(where: str, names: list[str]) -> None:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class PricesConfig(Section):
@@ -47,7 +56,7 @@ class ColumnsConfig(Section):
 class SourceConfig(Section):
     stage: ClassVar[str]
 
-    source: str = Field(description="File, folder, glob, s3:// URL, or data set name on the Hugging Face hub.")
+    source: Place = Field(description="File, folder, glob, s3:// URL, or data set name on the Hugging Face hub.")
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "disk", "hub"] = Field(
         "auto", description="auto goes by the ending; disk is a save_to_disk folder; hub a data set name."
     )
@@ -120,7 +129,7 @@ class ImportConfig(SourceConfig):
         description="A text that a generator has twice for a prompt: another sample that came out alike, or the same "
         "completion rated again, whose ratings are averaged. Of pairs, equal ones count once.",
     )
-    tokenizer: str = Field("", description="Folder or hub name that counts tokens; empty counts words and marks.")
+    tokenizer: Place = Field("", description="Folder or hub name that counts tokens; empty counts words and marks.")
 
     @model_validator(mode="after")
     def _ratings(self) -> ImportConfig:
@@ -133,7 +142,7 @@ class ImportConfig(SourceConfig):
 class ModelConfig(Section):
     """A model, and the workers that hold it. Workers and their resources do not change what is computed."""
 
-    model: str = Field("", description="Folder, hub name, or policy:NAME[@VERSION] from the store.")
+    model: Place = Field("", description="Folder, hub name, or policy:NAME[@VERSION] from the store.")
     revision: str = Field("", description="Branch, tag or commit on the hub; empty for the default.")
     dtype: Dtype = Field("auto", description="Numeric type of the weights.")
     max_model_len: int = Field(0, ge=0, description="Longest sequence in tokens; 0 for the model's own.")
@@ -160,6 +169,16 @@ class ModelConfig(Section):
     )
     batch_size: int = Field(64, ge=1, description="Sequences at once, transformers engine only.")
     engine_args: dict[str, Any] = Field({}, description="Further arguments of the engine, for example vLLM's.")
+
+    @field_validator("engine_args")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if name := secret_setting(value):
+            raise ValueError(
+                f"{name} looks like a secret, which would be shown and kept; remove it: a judge's key comes from the "
+                "variable that judge.api_key_env names, the hub's from HF_TOKEN"
+            )
+        return value
 
     @model_validator(mode="after")
     def _parts_of_one_gpu_only(self) -> ModelConfig:
@@ -303,9 +322,10 @@ class JudgeConfig(Section):
         unique("judge: dimensions", [dimension.name for dimension in self.dimensions])
         if self.low >= self.high:
             raise ValueError(f"judge: low {self.low} must be below high {self.high}")
-        if self.base_url and not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", self.base_url):
+        if self.base_url and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", self.base_url):
             raise ValueError(
-                "judge: base_url is no http:// or https:// URL, or holds a password; name the key in api_key_env"
+                "judge: base_url is no http:// or https:// URL, or holds a password or a query; name the variable with "
+                "the key in api_key_env"
             )
         if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", self.api_key_env):  # the value may be a key: do not show it
             raise ValueError(

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from tasks.errors import ConfigError, RunError
 from tasks.sections import SourceConfig
+from tasks.urls import shown
 
 _FORMATS = {
     ".jsonl": "jsonl",
@@ -344,7 +345,8 @@ def _files(config: SourceConfig, missing_ok: bool = False) -> list[tuple[Any, st
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{config.stage}.source: {config.source!r} cannot be opened: {error}") from error
     except Exception as error:  # s3fs, aiohttp and botocore have no common base
-        raise RunError(f"{config.stage}.source {config.source!r} cannot be reached: {_first_line(error)}") from error
+        told = shown(_first_line(error))  # with what it was redirected to
+        raise RunError(f"{config.stage}.source {config.source!r} cannot be reached: {told}") from error
     found = sorted(file for file in found if not Path(file).name.startswith((".", "_")))
     if not found and not missing_ok:
         raise ConfigError(f"{config.stage}.source: {config.source!r} does not exist or holds no files; check the path")

@@ -45,6 +45,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.errors import ConfigError, RunError
+from tasks.urls import without_secrets
 
 # Of a lost race on a conditional put s3fs makes a FileExistsError for some servers, a bare OSError for others.
 _LOST_RACE = {"PreconditionFailed", "412"}
@@ -61,11 +62,11 @@ class Store:
 
     def __init__(self, url: str | os.PathLike[str], attempts: int = 8) -> None:
         """attempts: how often a request is tried while a server cannot be reached; 8 take about a minute."""
-        protocol, scheme, rest = str(url).partition("://")
+        protocol, scheme, rest = without_secrets(str(url), "store: ").partition("://")
         if not scheme:
             protocol = "file"
         elif protocol not in ("file", "s3") or (protocol == "s3" and not rest.partition("/")[0]):
-            raise ConfigError(f"store: {str(url)!r} is neither a folder nor an s3://BUCKET URL; use one of these")
+            raise ConfigError(f"store: {str(url)[:200]!r} is neither a folder nor an s3://BUCKET URL; use one of these")
         self.url = str(url).rstrip("/")
         self.local = protocol == "file"
         if not _is_name(self.url) or (not self.local and ".." in self.url.split("/")):

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from tasks.errors import ConfigError
 from tasks.objectives.settings import SETTINGS, Objective
 from tasks.sections import Section
+from tasks.urls import Place
 
 TEXTS = ("prompt", "chosen", "rejected")  # of a published subset
 
@@ -111,7 +112,7 @@ class TrainingConfig(Section):
 
 
 class PolicyConfig(Section):
-    model: str = Field(description="Folder or hub name of the model to start from, or policy:NAME[@VERSION].")
+    model: Place = Field(description="Folder or hub name of the model to start from, or policy:NAME[@VERSION].")
     revision: str = Field("", description="Branch, tag or commit on the hub; empty for the default.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 computes and publishes in it; the weights that are trained stay float32."

@@ -238,6 +238,15 @@ def test_deploy_to_a_server_that_is_not_there_names_the_url(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+def test_a_password_in_the_servers_url_is_not_shown(api: httpx.Client, tmp_path: Path) -> None:
+    for url in ("http://127.0.0.1:9/api", _url(api).removesuffix("/api"), _url(api)):
+        secret = url.replace("://", "://me:hunter2@")
+        done = prefsieve("deploy", env=environment(PREFECT_HOME=str(tmp_path), PREFECT_API_URL=secret))
+        assert done.returncode == (0 if url == _url(api) else 2), done.stderr
+        assert url in done.stdout + done.stderr
+        assert "hunter2" not in done.stdout + done.stderr
+
+
 def test_deploy_to_the_servers_ui_instead_of_its_api_says_how_the_url_ends(api: httpx.Client, tmp_path: Path) -> None:
     env = environment(PREFECT_HOME=str(tmp_path), PREFECT_API_URL=_url(api).removesuffix("/api"))
     done = prefsieve("deploy", env=env)
@@ -319,13 +328,44 @@ def test_a_schedule_that_is_taken_out_of_the_file_is_removed_from_the_server(api
             {"triggers": [{"name": "after", "expect": ["x"], "parameters": {"subst": "{{ event.payload.version }}"}}]},
             r"'mine', trigger 'after': subst: no such field; there are: .*subset",
         ),
-        ({"entrypoint": "flows.nothing.nothing", "parameters": {}}, "no flow 'nothing'"),
+        ({"entrypoint": "flows.nothing.nothing", "parameters": {}}, "no such flow; give one of flows.curate.curate, "),
+        ({"entrypoint": "flows.cli.train"}, "no such flow; give one of flows.curate.curate, "),
+        ({"entrypoint": "flows.nothing.train"}, "no such flow; give one of flows.curate.curate, "),
+        ({"work_pool": {"name": ""}}, "work_pool.name: .* at least 1 character"),
     ],
 )
 def test_what_would_start_a_wrong_run_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     whole = {"parameters": TRAINING}
     with pytest.raises(ConfigError, match=said):
         read_file(_file(tmp_path, _entry("mine", **{**whole, **changes})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schedules": [{**NIGHT, "cron": "99 99 * * *"}]}, 'Invalid cron string: "99 99'),
+        ({"schedules": [{**NIGHT, "timezone": "Moon/Back"}]}, 'timezone: Invalid timezone: "Moon/Back"'),
+        ({"schedules": [{"slug": "x", "interval": -5}]}, "interval: Input should be greater than 0 seconds"),
+        ({"concurrency_limit": {"most": 1}}, "limit: this field is required"),
+        ({"triggers": [{"type": 5}]}, "0: Input tag '5'"),
+    ],
+)
+def test_what_prefect_cannot_take_is_told_in_a_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^deployment 'mine': {said}") as caught:
+        deploy_all(_file(tmp_path, _entry("mine", **{"parameters": TRAINING, **changes})), dry_run=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_automation_names_its_block_by_a_text(tmp_path: Path) -> None:
+    automation = {"name": "a", "trigger": {}, "actions": [{"block": ["x"]}]}
+    with pytest.raises(ConfigError, match=r"automations\.0\.actions: `block` is the name of a notification block"):
+        deploy_all(_file(tmp_path, _entry("mine", parameters=TRAINING), automations=[automation]), dry_run=True)
+
+
+def test_a_wrong_step_is_told_where_the_form_starts_empty(tmp_path: Path) -> None:
+    file = _file(tmp_path, _entry("mine", entrypoint="flows.curate.curate"))
+    with pytest.raises(ConfigError, match=r"'mine': subset\.0\.steps\.0: a step is `filter: METRIC`"):
+        read_file(file, ["subset=[{name: t, steps: [{bogus: 1}]}]"])
 
 
 def test_a_schedule_may_bring_what_the_form_leaves_open(tmp_path: Path) -> None:
@@ -392,6 +432,7 @@ def test_job_variables_of_a_pool_are_those_of_all_deployments_in_it(api: httpx.C
         (None, "cannot be read: No such file or directory; check the path, which is relative to the deployments file"),
         ('{"variables": }', "is not JSON: Expecting value: line 1 column 15"),
         ("[]", "holds no JSON object"),
+        ("[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_told_before_a_server_is_asked(

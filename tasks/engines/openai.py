@@ -10,7 +10,8 @@ What an endpoint answers decides how it goes on:
 
 When the tries are used up, a request has no answer if others were answered meanwhile; else the endpoint is down, and
 Unreachable ends the work of this engine. So do lost connections and 429 in any case: they say nothing about a request.
-The key is read from the environment, and cut out of everything that is said.
+The key is read from the environment, and cut out of everything that is said. What the library raises holds it still, so
+that it never is the cause of an error: logs show causes.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class OpenAIJudge:
         hint = "raise judge.retries or lower judge.concurrency" if status == 429 else "see to the endpoint"
         raise Unreachable(
             f"scorer {self.config.name!r}: judge.base_url {self.config.judge.base_url}: {why}; {hint} and run again"
-        ) from fault
+        )
 
     async def _try(self, request: ChatRequest) -> Reply:
         judge = self.config.judge
@@ -185,14 +186,14 @@ def served(config: ScorerConfig) -> str:
             names = sorted(model.id for model in getattr(found, "data", None) or [])
         except APIStatusError as error:
             if error.status_code in (401, 403):
-                raise ConfigError(f"{where}: {error.status_code}: {_MISTAKES[error.status_code]}") from error
+                raise ConfigError(f"{where}: {error.status_code}: {_MISTAKES[error.status_code]}") from None
             if error.status_code >= 500 or error.status_code in _LATER:
-                raise Unreachable(f"{where}: {said(error, key)}; see to the endpoint") from error
+                raise Unreachable(f"{where}: {said(error, key)}; see to the endpoint") from None
             names = []
         except APIConnectionError as error:
             raise Unreachable(
                 f"{where}: cannot be reached: {said(error, key)}; check it, or start the server"
-            ) from error
+            ) from None
         except (APIError, ValueError):  # it answers in a way of its own
             names = []
     if not names:

@@ -366,6 +366,26 @@ _YAML = {
         + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 12)),
         "more than 100,000 values",
     ),
+    "a billion laughs as a key": (
+        b"a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+        + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 12))
+        + b"? *a11\n: x",
+        "not YAML",
+    ),
+    "a billion merges": (
+        b"a0: &a0 {x: 1, y: 2}\n"
+        + b"".join(b"a%d: &a%d {<<: [%s]}\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 8)) for i in range(1, 12)),
+        "a0: no such field",
+    ),
+    "a mapping merged without end": (
+        b"a: &a {%s}\nb: {<<: [%s]}" % (b", ".join(b"k%d: 1" % i for i in range(500)), b", ".join([b"*a"] * 1000)),
+        "more than 100,000 values",
+    ),
+    "a merge with itself": (b"a: &a {<<: *a}", "nested too deeply"),
+    "a merged mapping with a key twice": (b"a: {<<: {b: 1, b: 2}}", "stands twice"),
+    "a number of base 60": (b"seed: 1" + b":1" * 40_000, "base 60"),
+    "a number of base 60 by force": (b"seed: !!int 1" + b":1" * 40_000, "base 60"),
+    "a list by force a number": (b"seed: !!int [1]", "not YAML"),
     "an alias to nothing": (b"a: *b", "not YAML"),
     "a merge of what is no mapping": (b"a:\n  <<: 5", "not YAML"),
     "lists 100 deep": (b"a: " + b"[" * 100 + b"]" * 100, "nested deeper"),

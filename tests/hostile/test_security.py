@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import os
 import pickle
 import re
@@ -13,23 +14,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from tasks import models, rubric
-from tasks.config import TrainConfig
-from tasks.engines import Answer, GenerationRequest, ScoringRequest
+from tasks.config import CurateConfig, TrainConfig
+from tasks.engines import Answer, ChatRequest, GenerationRequest, ScoringRequest
 from tasks.engines.chat import prompt_ids, scored_ids, writes_marks
 from tasks.engines.loop import EngineLoop
-from tasks.errors import ConfigError, RunError
-from tasks.sections import GeneratorConfig, JudgeConfig, ScorerConfig
+from tasks.errors import ConfigError, RunError, Unreachable, is_network_fault
+from tasks.sections import GeneratorConfig, IngestConfig, JudgeConfig, ScorerConfig
 from tasks.store import Store
 from tasks.training import PolicyConfig
-from tests.conftest import TinyModels, curate_values, prompts, scorer, write_jsonl
+from tasks.urls import holds_secret
+from tests.conftest import Command, TinyModels, curate_values, prompts, scorer, write_jsonl
 from tests.hostile.corpus import TEXTS
 from tests.services import ROOT, environment, judge_endpoint, prefsieve
 
@@ -336,6 +342,168 @@ def test_a_judges_key_is_not_shown_by_what_holds_it(monkeypatch: pytest.MonkeyPa
         assert key not in repr(vars(judge)) + config.model_dump_json() + repr(config)
     finally:
         judge.close()
+
+
+JUDGE = (
+    "{name: j, type: judge, model: m, judge: {base_url: 'http://h/v1'}, "
+    "engine_args: {extra_headers: {Authorization: hunter2}}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        (["curate", "--set", "ingest.source=https://bob:hunter2@host/p.jsonl"], "FSSPEC_HTTPS"),
+        (["curate", "--set", "ingest.source=simplecache::https://bob:hun?t/@hunter2@host/p"], "FSSPEC_HTTPS"),
+        (["curate", "--set", "ingest.source=s3://AKIA:hun/hunter2@bucket/p.jsonl"], "AWS_SECRET_ACCESS_KEY"),
+        (["curate", "--set", "ingest.source=https://b.host/p.jsonl?X-Amz-Date=1&X-Amz-Signature=hunter2"], "AWS_"),
+        (["curate", "--set", "ingest.source=https://host/p.jsonl?s%69g=hunter2"], "FSSPEC_HTTPS"),
+        (["curate", "--set", "store=s3://AKIA:hunter2@bucket/x"], "AWS_SECRET_ACCESS_KEY"),
+        (["curate", "--store", "s3://AKIA:hunter2@bucket/x"], "AWS_SECRET_ACCESS_KEY"),
+        (["curate", "--set", "ray_address=http://me:hunter2@head:8265"], "tokens go into the environment"),
+        (["curate", "--set", "ray_address=me:hunter2@head:6379"], "tokens go into the environment"),
+        (["curate", "--set", "ray_address=http://head:8265?token=hunter2"], "tokens go into the environment"),
+        (["curate", "--set", "generate.generators.0.model=https://hunter2@hub/m"], "HF_TOKEN"),
+        (["curate", "--set", "generate.generators.0.engine_args={hf_token: hunter2}"], "HF_TOKEN"),
+        (["curate", "--set", f"score.scorers.0={JUDGE}"], "judge.api_key_env"),
+        (["curate", "--set", "score.scorers.0.judge.base_url=http://h/v1?key=hunter2"], "api_key_env"),
+        (["curate", "--set", "ingest.source.x=https://bob:hunter2@host/p"], "no such place"),
+        (["doctor", "--store", "s3://AKIA:hunter2@bucket/x"], "AWS_SECRET_ACCESS_KEY"),
+        (["subsets", "--store", "gs://AKIA:hunter2@bucket/x"], "AWS_SECRET_ACCESS_KEY"),
+        (["submit", "--address", "http://me:hunter2@head:8265"], "RAY_AUTH_TOKEN"),
+        (["submit", "--address", "http://head:8265?token=hunter2"], "RAY_AUTH_TOKEN"),
+        (["submit", "--address", "me:hunter2@head"], "RAY_AUTH_TOKEN"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_a_secret_in_a_url_or_argument_is_refused_and_not_shown(
+    arguments: list[str], instead: str, cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(curate_values("p.jsonl", store="")))
+    files = {"curate": ["c.yaml"], "submit": ["curate", "c.yaml"]}
+    command, *options = arguments
+    status, out, err = cli(command, *files.get(command, []), *options)
+    assert (status, out) == (2, "")
+    assert instead in err and "hunter2" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("command", [["curate", "c.yaml"], ["submit", "curate", "c.yaml"], ["subsets"]])
+def test_a_secret_in_the_stores_variable_is_refused_and_not_shown(
+    command: list[str], cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFSIEVE_STORE", "s3://AKIA:hunter2@bucket/x")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**curate_values("p.jsonl"), "store": ""}))
+    address = ["--address", "http://127.0.0.1:9"] if command[0] == "submit" else []
+    status, out, err = cli(*command, *address)
+    assert (status, out) == (2, "")
+    assert "AWS_SECRET_ACCESS_KEY" in err and "hunter2" not in err
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "org/data",
+        "data/a:b@c.jsonl",
+        "s3://bucket/x@y/part-?.jsonl",
+        "https://host:80/x@v1.jsonl?download=true",
+        "http://[::1]:80/x@y.jsonl",
+        "hf://datasets/a/b@main/x.jsonl",
+        "s3://arn:aws:s3:us-east-1:1:accesspoint/mine/x@y",
+    ],
+)
+def test_a_url_without_a_secret_is_taken(source: str) -> None:
+    assert IngestConfig(source=source).source == source
+    arguments = {"tokenizer": "x", "max_num_batched_tokens": 5, "token": True, "hf_overrides": {"eos_token": "</s>"}}
+    assert GeneratorConfig(name="g", model="m", engine_args=arguments).engine_args == arguments
+
+
+@pytest.mark.parametrize("ends", ["", " x@"])
+@pytest.mark.parametrize("piece", ["://a:b", "://", "://a:1/", "://a?b=", "@://a:b"])
+def test_a_url_of_megabytes_is_looked_at_at_once(piece: str, ends: str) -> None:
+    started = time.monotonic()
+    holds_secret(piece * 500_000 + ends)
+    assert time.monotonic() - started < 5
+
+
+def test_a_source_takes_its_token_from_the_environment(tmp_path: Path) -> None:
+    """As the message about a token in a URL says."""
+    code = (
+        "import sys\n"
+        "from tasks.sections import IngestConfig\n"
+        "from tasks.sources import read_rows\n"
+        "print(list(read_rows(IngestConfig(source=sys.argv[1]))))"
+    )
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            row = b'{"prompt": "p"}' if self.headers["Authorization"] == "Bearer hunter2" else b""
+            self.send_response(200 if row else 401)
+            self.send_header("Content-Length", str(len(row)))
+            self.end_headers()
+            self.wfile.write(row if self.command == "GET" else b"")
+
+        do_HEAD = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = environment(FSSPEC_HTTPS='{"headers": {"Authorization": "Bearer hunter2"}}')
+        command = [sys.executable, "-c", code, f"http://127.0.0.1:{server.server_port}/p.jsonl"]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+        server.shutdown()
+    assert done.stdout == "[({'prompt': 'p'}, 1)]\n", done.stderr
+
+
+def test_what_wrong_parameters_of_a_flow_were_is_not_in_the_error() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CurateConfig.model_validate(curate_values("p.jsonl", ray_address="http://me:hunter2@head:8265"))
+    assert "ray_address" in str(caught.value) and "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 429, 500, 503])
+def test_a_judges_key_is_in_no_traceback(
+    status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prefect logs an error with all of its causes."""
+    from tasks.engines.openai import OpenAIJudge, served
+
+    key = f"sk-{secrets.token_hex(16)}"
+    monkeypatch.setenv("SOME_KEY", key)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = json.dumps({"error": {"message": f"bad key {self.headers['Authorization']}"}}).encode()
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_POST = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        about = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "api_key_env": "SOME_KEY", "retries": 0}
+        config = ScorerConfig.model_validate({"name": "j", "type": "judge", "model": "m", "judge": about})
+        judge = OpenAIJudge(config)
+        judge.add(0, ChatRequest([{"role": "user", "content": "x"}], {}, 1))
+
+        def answers() -> None:
+            while not judge.step():
+                pass
+
+        for ask in (lambda: served(config), answers):
+            with pytest.raises((ConfigError, Unreachable)) as caught:
+                ask()
+            logging.getLogger("run").error("failed", exc_info=caught.value)
+            assert is_network_fault(caught.value) == (status not in (401, 403))
+        judge.close()
+        server.shutdown()
+    assert key not in caplog.text
+    assert caplog.text.count("Traceback") == 2
 
 
 def command_lines() -> bytes:
