@@ -93,7 +93,7 @@ def known_import(config: ImportConfig, store: Store) -> Rewards | None:
     try:
         known = _handle(about, Work(shards_reused=about["shards"]))
         parts = {unit: Counts(**about[unit]) for unit in ("rows", "completions") if unit in about}
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise store.damaged(pointer(inputs)) from error
     for unit, counts in parts.items():
         check_share(config, counts, lambda: examples_of(store, inputs), unit)
