@@ -53,10 +53,11 @@ from tasks.records import (
     digest,
     text_digest,
 )
+from tasks.rows import BadRow
 from tasks.samples import existing
 from tasks.score import rewards_path
 from tasks.sections import ImportConfig
-from tasks.sources import BadRow, read_rows
+from tasks.sources import read_rows
 from tasks.store import Store
 
 _BLOCK = 1000  # rows between two progress reports

@@ -25,8 +25,9 @@ from tasks.errors import ConfigError, RunError
 from tasks.progress import Meter, Report, silent
 from tasks.prompts import to_prompt
 from tasks.records import PROMPTS, QUARANTINE, SCHEMA_VERSION, Counts, PromptSet, Work, digest
+from tasks.rows import BadRow
 from tasks.sections import IngestConfig, SourceConfig
-from tasks.sources import BadRow, read_rows, source_digest
+from tasks.sources import read_rows, source_digest
 from tasks.store import Store
 
 _BLOCK = 1000  # rows between two progress reports
