@@ -23,7 +23,7 @@ import fsspec
 import ijson
 import pyarrow as pa
 
-from tasks.errors import ConfigError, RunError
+from tasks.errors import ConfigError, RunError, is_network_fault
 from tasks.rows import BadRow, csv_rows, json_rows, jsonl_rows
 from tasks.sections import SourceConfig
 from tasks.tables import dataset_rows, parquet_rows
@@ -138,7 +138,7 @@ def _all_rows(config: SourceConfig) -> Iterator[dict[str, Any] | BadRow]:
         except PermissionError as error:
             raise RunError(f"{config.stage}.source {path!r} cannot be read: permission denied") from error
         except (*_BROKEN, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # with a number it is the disk's or the network's
+            if getattr(error, "errno", None) is not None or is_network_fault(error):  # with a number it is the disk's
                 raise
             raise RunError(
                 f"{config.stage}.source {path!r} is damaged or no {kind} file: {_first_line(error)}"
@@ -171,6 +171,8 @@ def _datasets_rows(config: SourceConfig, kind: str) -> Iterator[dict[str, Any] |
     except (ConfigError, RunError):
         raise
     except Exception as error:  # whatever is amiss in data of somebody's, `datasets` raises another kind
+        if is_network_fault(error):
+            raise
         wrong = "is damaged or no save_to_disk folder" if kind == "disk" else "cannot be read"
         raise RunError(f"{config.stage}.source {config.source!r} {wrong}: {_first_line(error)}") from error
 
