@@ -114,7 +114,7 @@ def sketch(config: CurateConfig, rewards: Rewards, store: Store) -> dict[str, An
             subsets.append({"name": selection.name, "pairs": selection.counts.out, "explanation": explained})
     pairings = []
     for name, table in tables.items():
-        measured = store.read_json(f"pairs/{table.digest}/manifest.json")
+        measured = store.read_object(f"pairs/{table.digest}/manifest.json", *_MEASURED)
         pairings.append({"name": name, **asdict(table.counts), **{key: measured[key] for key in _MEASURED}})
     return {
         "pairings": pairings,

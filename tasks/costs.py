@@ -9,11 +9,13 @@ in each run, which dry runs estimate by. None of it is ever part of a version.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from tasks.errors import RunError
 from tasks.progress import duration
 from tasks.sections import ModelConfig, PricesConfig
 from tasks.store import Store
@@ -88,8 +90,10 @@ def remember_speed(store: Store, stage: str, fingerprint: str, speed: Speed) -> 
 
 def known_speed(store: Store, stage: str, fingerprint: str) -> Speed | None:
     """Over all that was seen."""
-    seen = [store.read_json(path) for path in store.list(f"costs/{stage}/{fingerprint}")[:_SEEN]]
-    return Speed(**{key: sum(one[key] for one in seen) for key in SPENT}) if seen else None
+    files = store.list(f"costs/{stage}/{fingerprint}")[:_SEEN]
+    seen = [spent for path in files if (spent := _numbers(store, path, SPENT))]
+    speed = Speed(*map(sum, zip(*seen, strict=True))) if seen else None
+    return speed if speed and speed.samples else None
 
 
 def remember_cost(store: Store, what: str, digest: str, seconds: float) -> None:
@@ -99,8 +103,19 @@ def remember_cost(store: Store, what: str, digest: str, seconds: float) -> None:
 def known_costs(store: Store, what: str, digests: Iterable[str]) -> dict[str, float]:
     """Seconds by digest, of those that were measured."""
     there = set(store.list(f"costs/{what}"))
-    wanted = {digest: _place(what, digest) for digest in digests}
-    return {digest: store.read_json(path)["seconds"] for digest, path in wanted.items() if path in there}
+    wanted = {digest: path for digest in digests if (path := _place(what, digest)) in there}
+    found = {digest: _numbers(store, path, ("seconds",)) for digest, path in wanted.items()}
+    return {digest: spent[0] for digest, spent in found.items() if spent}
+
+
+def _numbers(store: Store, path: str, keys: Iterable[str]) -> list[float]:
+    """Empty where a file holds something else: an estimate is not worth a run."""
+    try:
+        told = store.read_object(path, *keys)
+    except RunError:
+        return []
+    numbers = [told[key] for key in keys]
+    return numbers if all(type(one) in (int, float) and 0 <= one < math.inf for one in numbers) else []
 
 
 def _place(what: str, digest: str) -> str:

@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 def explain(subset: SubsetConfig, selection: Selection, store: Store) -> dict[str, Any]:
     """Plain data, the same for the same selection."""
-    kept = store.read_json(selection_path(selection.pairs, selection.digest, "json"))
+    kept = store.read_object(selection_path(selection.pairs, selection.digest, "json"), "steps", "match")
     with open_pairs(store, selection.pairs) as table:
         inside = np.zeros(table.rows, np.bool_)
         inside[store.read_table(selection_path(selection.pairs, selection.digest))["pair"].to_numpy()] = True

@@ -18,8 +18,8 @@ from typing import Any
 
 from tasks.config import PAIR_SCORE
 from tasks.prompts import LONGEST_LABEL, check_unicode, prompt_row
+from tasks.rows import BadRow
 from tasks.sections import ImportConfig, RatingConfig, check_pair_ratings
-from tasks.sources import BadRow
 
 CHOSEN, REJECTED = "chosen", "rejected"  # who wrote the sides of a pair
 _UNKNOWN = "unknown"

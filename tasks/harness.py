@@ -97,7 +97,7 @@ def _of_model(
                 store.create_json(path, ray.get(worker.run.remote()))
         finally:
             ray.kill(worker)
-    return store.read_json(path), not known
+    return store.read_object(path), not known
 
 
 def _facts(config: HarnessConfig, generator: GeneratorConfig, store: Store) -> dict[str, Any]:

@@ -53,10 +53,11 @@ from tasks.records import (
     digest,
     text_digest,
 )
+from tasks.rows import BadRow
 from tasks.samples import existing
 from tasks.score import rewards_path
 from tasks.sections import ImportConfig
-from tasks.sources import BadRow, read_rows
+from tasks.sources import read_rows
 from tasks.store import Store
 
 _BLOCK = 1000  # rows between two progress reports
@@ -93,7 +94,7 @@ def known_import(config: ImportConfig, store: Store) -> Rewards | None:
     try:
         known = _handle(about, Work(shards_reused=about["shards"]))
         parts = {unit: Counts(**about[unit]) for unit in ("rows", "completions") if unit in about}
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise store.damaged(pointer(inputs)) from error
     for unit, counts in parts.items():
         check_share(config, counts, lambda: examples_of(store, inputs), unit)

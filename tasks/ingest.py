@@ -25,8 +25,9 @@ from tasks.errors import ConfigError, RunError
 from tasks.progress import Meter, Report, silent
 from tasks.prompts import to_prompt
 from tasks.records import PROMPTS, QUARANTINE, SCHEMA_VERSION, Counts, PromptSet, Work, digest
+from tasks.rows import BadRow
 from tasks.sections import IngestConfig, SourceConfig
-from tasks.sources import BadRow, read_rows, source_digest
+from tasks.sources import read_rows, source_digest
 from tasks.store import Store
 
 _BLOCK = 1000  # rows between two progress reports
@@ -60,7 +61,7 @@ def known_prompts(config: IngestConfig, store: Store) -> PromptSet | None:
     known = store.read_object(pointer(inputs), "set", "counts")
     try:
         counts = Counts(**known["counts"])
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise store.damaged(pointer(inputs)) from error
     check_share(config, counts, lambda: examples_of(store, inputs))
     prompts = PromptSet(known["set"], counts)
@@ -95,7 +96,16 @@ def shards_of(store: Store, prompts: PromptSet) -> list[dict[str, Any]]:
     Completions depend on the prompts alone: they stand under `prompts`, so that another source label or a further kept
     column does not pay for them again.
     """
-    return store.read_object(_manifest(prompts.digest), "shards")["shards"]
+    path = _manifest(prompts.digest)
+    shards = store.read_object(path, "shards")["shards"]
+    if not isinstance(shards, list) or not all(map(_is_shard, shards)):
+        raise store.damaged(path)
+    return shards
+
+
+def _is_shard(told: Any) -> bool:
+    kinds = {"digest": str, "prompts": str, "rows": int}
+    return isinstance(told, dict) and all(isinstance(told.get(key), kind) for key, kind in kinds.items())
 
 
 def read_shard(store: Store, shard: str, columns: list[str] | None = None) -> pa.Table:

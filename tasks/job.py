@@ -191,7 +191,7 @@ class Job:
     def spent(self) -> float:
         """Seconds of the attempts before this one, as far as they led to the last checkpoint."""
         with contextlib.suppress(FileNotFoundError):  # another attempt may just be removing it
-            return self.store.read_json(complete).get("seconds", 0.0) if (complete := self.last_complete()) else 0.0
+            return self.store.read_object(complete).get("seconds", 0.0) if (complete := self.last_complete()) else 0.0
         return 0.0
 
     def _complete(self) -> list[str]:

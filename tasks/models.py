@@ -120,7 +120,7 @@ def remember_facts(facts: dict[str, Any], called: str, store: Store) -> str:
 
 def facts_of(fingerprint: str, store: Store) -> dict[str, Any]:
     """What a fingerprint stands for, without the name that somebody called it by."""
-    facts = store.read_json(_facts_path(fingerprint))
+    facts = store.read_object(_facts_path(fingerprint), "called")
     del facts["called"]
     return facts
 

@@ -76,7 +76,10 @@ def pair(
     tables = [f"pairs/{table_digest}/{name}.parquet" for name in ("pairs", "drops")]
     shards = shards_of(store, completions.prompts)
     if {manifest_path, *tables} <= set(store.list(f"pairs/{table_digest}")):
-        counts = Counts(**store.read_json(manifest_path)["counts"])
+        try:
+            counts = Counts(**store.read_object(manifest_path, "counts")["counts"])
+        except (AttributeError, TypeError) as error:
+            raise store.damaged(manifest_path) from error
         Meter(report, "pair", counts.into, "prompts", reused=counts.into)
         return Pairs(config.name, table_digest, rewards, counts, Work(shards_reused=len(shards)))
     meter = Meter(report, "pair", completions.prompts.counts.out, "prompts")

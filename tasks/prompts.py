@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 from tasks.records import digest
+from tasks.rows import BadRow
 from tasks.sections import ColumnsConfig, ImportConfig, IngestConfig
-from tasks.sources import BadRow
 
+KEPT = 10  # times max_chars: how long the kept columns of a row may be, of which a whole shard is held in memory
 LONGEST_LABEL = 1000  # characters; what is longer is a text, in the column that another name was meant for
 _ROLES = {"system", "user", "assistant", "tool"}
 
@@ -40,7 +41,7 @@ def prompt_row(prompt: Any, row: dict[str, Any], config: IngestConfig | ImportCo
         "prompt_id": digest(messages),
         "messages": messages,
         "source": source,
-        "fields": _fields(row, columns),
+        "fields": _fields(row, columns, KEPT * config.max_chars),
     }
 
 
@@ -72,7 +73,7 @@ def check_unicode(text: str) -> None:
         raise BadRow("NUL character", text.replace("\x00", "\\0"))
 
 
-def _fields(row: dict[str, Any], columns: ColumnsConfig) -> str:
+def _fields(row: dict[str, Any], columns: ColumnsConfig, longest: int) -> str:
     missing = [name for name in columns.keep if name not in row]
     if missing:
         raise BadRow("missing column", ", ".join(missing))
@@ -80,6 +81,8 @@ def _fields(row: dict[str, Any], columns: ColumnsConfig) -> str:
         text = json.dumps({name: row[name] for name in columns.keep}, allow_nan=False, default=str)
     except (ValueError, RecursionError) as error:
         raise BadRow("kept column is not JSON", str(error)) from None
+    if len(text) > longest:
+        raise BadRow("kept columns too long", f"{len(text)} characters of JSON; more than {KEPT} times max_chars")
     if "\\ud" in text:  # one half of a pair of these is no character
         check_unicode(json.dumps(json.loads(text), ensure_ascii=False))
     return text

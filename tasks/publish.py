@@ -77,11 +77,12 @@ def _lineage(subset: SubsetConfig, selection: Selection, store: Store) -> dict[s
     """How a subset came about, without anything that differs between two makings of it or did not take part in it."""
     rewards = selection.pairs.rewards
     completions = rewards.completions
-    pairs = store.read_json(f"pairs/{selection.pairs.digest}/manifest.json")
+    facts = ("rule", "generators", "scorer", "reward_scale", "mean_reward", "agreement", "generator_delta", "ensembles")
+    manifest = f"pairs/{selection.pairs.digest}/manifest.json"
+    pairs = store.read_object(manifest, "generators", "took_part", *facts)
     first = _step("import", completions.counts) if completions.authors else _step("ingest", completions.prompts.counts)
     used = [name for name in completions.generators if completions.authors or name in pairs["generators"]]
     generators = {name: completions.generators[name] for name in used}
-    facts = ("rule", "generators", "scorer", "reward_scale", "mean_reward", "agreement", "generator_delta", "ensembles")
     return {
         "kind": "preference pairs",
         "subset": subset.model_dump(exclude={"name", "pairs", "controls"}),

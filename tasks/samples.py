@@ -60,7 +60,11 @@ def rows_of(store: Store) -> RowsOf:
 
     @lru_cache(maxsize=4096)
     def look_up(part: str) -> Ints:
-        return np.array(store.read_json(f"prompts/rows/{part}.json"), np.int64)
+        path = f"prompts/rows/{part}.json"
+        rows = store.read_json(path)
+        if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < 2**63 for row in rows):
+            raise store.damaged(path)
+        return np.array(rows, np.int64)
 
     return lambda held: look_up(held.part) if held.part else None
 

@@ -62,7 +62,11 @@ class SourceConfig(Section):
     )
     split: str = Field("train", description="Split to take, for disk and hub.")
     limit: int = Field(0, ge=0, description="Take only the first rows; 0 takes all.")
-    max_chars: int = Field(100_000, ge=1, description="A longer prompt, or imported completion, is quarantined.")
+    max_chars: int = Field(
+        100_000,
+        ge=1,
+        description="A longer prompt, or imported completion, is quarantined; kept columns from ten times this on.",
+    )
     max_quarantined: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the rows is bad.")
     shard_size: int = Field(
         256, ge=1, description="Prompts per shard, the unit of work. What was cut smaller before stays so."

@@ -25,10 +25,10 @@ from tasks.imports import _Groups, import_, preview
 from tasks.ingest import inputs_digest, read_shard, shards_of
 from tasks.pair import pair
 from tasks.records import Counts, Rewards
+from tasks.rows import BadRow
 from tasks.score import rewards_path
 from tasks.sections import ImportConfig, RatingConfig
 from tasks.selection.pvar import pvar
-from tasks.sources import BadRow
 from tasks.store import Store
 from tests.conftest import files_below, write_jsonl
 from tests.services import ROOT

@@ -241,7 +241,8 @@ DEEP = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 from tasks.sections import IngestConfig
-from tasks.sources import BadRow, read_rows
+from tasks.rows import BadRow
+from tasks.sources import read_rows
 for row, number in read_rows(IngestConfig(source=sys.argv[1])):
     print(number, f"{row.reason}: {row.excerpt[:20]}" if isinstance(row, BadRow) else row)
 """

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from tests.conftest import curate_values
@@ -247,6 +251,30 @@ def hostile_pairs() -> list[HostileRow]:
     return _in_each(forms)
 
 
+def _zip(*names: str) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in names:
+            archive.writestr(name, '{"prompt": "x"}\n')
+    return packed.getvalue()
+
+
+def _gzip(start: bytes, middle: bytes, megabytes: int, end: bytes) -> bytes:
+    packed = io.BytesIO()
+    with gzip.open(packed, "wb", 1) as file:
+        file.write(start)
+        for _ in range(megabytes):
+            file.write(middle * (MEGABYTE // len(middle)))
+        file.write(end)
+    return packed.getvalue()
+
+
+def _parquet(prompt: Any, times: int, **options: Any) -> bytes:
+    packed, column = io.BytesIO(), pa.chunked_array([pa.array([prompt])] * times)
+    pq.write_table(pa.table({"prompt": column}), packed, compression="zstd", dictionary_pagesize_limit=2**30, **options)
+    return packed.getvalue()
+
+
 @cache
 def hostile_files() -> list[HostileFile]:
     """Sources of which nothing, or not all, can be read."""
@@ -258,7 +286,21 @@ def hostile_files() -> list[HostileFile]:
         "no gzip": ("p.jsonl.gz", good),
         "a gzip within a gzip": ("p.jsonl.gz", gzip.compress(gzip.compress(good))),
         "a line of 100 MB in 400 kB": ("p.jsonl.gz", gzip.compress(b'{"prompt": "' + bytes(100 * MEGABYTE) + b'"}', 1)),
-        "a zip that is none": ("p.jsonl.zst", b"PK\x03\x04"),
+        "a zip that is none": ("p.jsonl.zip", b"PK\x03\x04"),
+        "a zip of nothing": ("p.jsonl.zip", _zip()),
+        "a zip of two files": ("p.jsonl.zip", _zip("a.jsonl", "b.jsonl")),
+        "an lz4 that nothing here unpacks": ("p.jsonl.lz4", good),
+        "a bzip2 that is none": ("p.jsonl.bz2", good),
+        "an xz that is none": ("p.jsonl.xz", good),
+        "a text of 100 MB in a JSON array": ("p.json.gz", _gzip(b'[{"prompt": "', b"x", 100, b'"}]')),
+        "a line of 100 MB in a CSV": ("p.csv.gz", _gzip(b"prompt\n", b"x", 100, b"\n")),
+        "a CSV row of 100 MB in many lines": ("p.csv.gz", _gzip(b'prompt\n"', b"xxxxxxx\n", 100, b'"\n')),
+        "a Parquet of one long text many times": ("p.parquet", _parquet("x" * 2 * MEGABYTE, 512)),
+        "a Parquet of messages that are one long text": (
+            "p.parquet",
+            _parquet([{"role": "user", "content": "x" * MEGABYTE}] * 2, 512),
+        ),
+        "a Parquet of texts of 600 MB": ("p.parquet", _parquet("x" * 20 * MEGABYTE, 30, use_dictionary=False)),
         "no Parquet": ("p.parquet", b"PAR1 this is none PAR1"),
         "a Parquet whose footer is longer than it": ("p.parquet", b"PAR1" + struct.pack("<I", 2**31 - 1) + b"PAR1"),
         "an empty Parquet": ("p.parquet", b""),

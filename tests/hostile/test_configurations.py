@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.costs import SPENT, Speed, known_costs, known_speed, remember_cost, remember_speed
 from tasks.errors import ConfigError, RunError
 from tasks.job import Job
+from tasks.samples import Held, rows_of
 from tasks.store import Store, to_json
 from tasks.versions import content_version, damage, fetch_version, find_version
 from tests.conftest import Command, copy_store, curate_values, files_below, prompts, write_jsonl
@@ -293,3 +296,61 @@ def test_a_broken_table_ends_in_words(content: bytes, tmp_path: Path) -> None:
     store.create("t.parquet", content)
     with pytest.raises(RunError, match=r"t\.parquet in .* is damaged"):
         store.read_table("t.parquet")
+
+
+SHAPES = [
+    b"[]",
+    b"{}",
+    b"5",
+    b"null",
+    b'{"shards": 5}',
+    b'{"shards": [1]}',
+    b'{"shards": [{"digest": "x"}]}',
+    b'{"counts": []}',
+    b'{"counts": {"into": 1}}',
+    b'{"counts": {"into": 1, "out": 1, "dropped": []}}',
+]
+
+
+@pytest.mark.parametrize("content", SHAPES, ids=lambda content: content.decode())
+@pytest.mark.parametrize(
+    "where", ["prompts/*/manifest.json", "fingerprints/*.json", "pairs/*/manifest.json", "pairs/*/selections/*.json"]
+)
+def test_json_of_another_shape_in_the_store_ends_in_words(
+    where: str, content: bytes, shelf: Store, tmp_path: Path
+) -> None:
+    store = copy_store(shelf, tmp_path / "store")
+    shutil.rmtree(tmp_path / "store" / "subsets")
+    files = sorted((tmp_path / "store").glob(where))
+    assert files
+    for file in files:
+        file.write_bytes(content)
+    source = Path(shelf.url).parent / "p.jsonl"
+    values = {
+        "store": store.url,
+        "import": {"source": str(source), "ratings": [{"name": "score"}]},
+        "subset": [{"name": "top", "steps": [{"rank": "pvar", "fraction": 0.5}]}],
+    }
+    with contextlib.suppress(RunError, ConfigError):
+        publish_import(values)
+
+
+@pytest.mark.parametrize("content", [*BROKEN.values(), b'{"seconds": "x"}', b'{"seconds": -1}', b'{"seconds": null}'])
+def test_what_is_no_cost_is_passed_over(content: bytes, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    remember_cost(store, "train", "good", 5)
+    store.create("costs/train/bad.json", content)
+    assert known_costs(store, "train", ["bad", "good", "none"]) == {"good": 5}
+    store.create("costs/generate/f/1.json", content)
+    store.create_json("costs/generate/f/2.json", dict.fromkeys(SPENT, 0))
+    assert known_speed(store, "generate", "f") is None
+    remember_speed(store, "generate", "f", Speed(1, 2, 3, 4, 5))
+    assert known_speed(store, "generate", "f") == Speed(1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"5", b"null", b'["x"]', b"[[1]]", b"[1e400]", b"[-1]", b"[%d]" % 10**30])
+def test_rows_of_a_part_that_are_none_end_in_words(content: bytes, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.create("prompts/rows/x.json", content)
+    with pytest.raises(RunError, match=r"x\.json in .* is damaged"):
+        rows_of(store)(Held(0, 1, "x"))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import os
 import re
+import struct
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +18,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Audio, Dataset, DatasetInfo, Features, Image, Json, List, Value
 
 from flows.cli import main
 from tasks.errors import ConfigError, RunError
 from tasks.imports import import_
 from tasks.ingest import ingest, read_shard, shards_of
 from tasks.records import PromptSet
+from tasks.rows import BadRow
 from tasks.sections import ImportConfig, IngestConfig
 from tasks.sources import read_rows
 from tasks.store import Store
+from tasks.tables import dataset_rows
+from tests.conftest import python
 from tests.hostile.corpus import (
     TEXTS,
     HostileFile,
@@ -128,6 +136,110 @@ def test_a_hostile_file_ends_in_words_or_in_rows_that_are_counted(file: HostileF
     else:
         assert found.counts.into >= 1
     assert time.monotonic() - started < 10
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from tasks.errors import ConfigError, RunError
+from tasks.ingest import ingest
+from tasks.sections import IngestConfig
+from tasks.store import Store
+
+columns = {"keep": sys.argv[2:]}
+try:
+    ingest(IngestConfig(source=sys.argv[1], max_quarantined=1, columns=columns), Store("store"))
+except (ConfigError, RunError):
+    pass
+print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
+"""
+UNFOLDING = [file for file in hostile_files() if re.search(r"[16]00 MB|one long text", file.name)]
+
+
+@pytest.mark.parametrize("file", UNFOLDING, ids=lambda file: file.name)
+def test_a_small_file_that_unfolds_to_gigabytes_does_not_take_the_memory(file: HostileFile, place: Path) -> None:
+    (place / file.file).write_bytes(file.content)
+    done = python(PEAK, file.file, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 450, "MiB at the peak"
+
+
+def test_kept_columns_that_are_long_are_quarantined_and_not_held_in_memory(place: Path) -> None:
+    with gzip.open(place / "p.jsonl.gz", "wb", 1) as file:
+        for i in range(20):
+            file.write(b'{"prompt": "p %d", "answer": "%s"}\n' % (i, b"x" * (30 * 2**20)))
+        file.write(b'{"prompt": "good", "answer": "%s"}\n' % (b"x" * 900_000))
+    done = python(PEAK, "p.jsonl.gz", "answer", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 600, "MiB at the peak"
+    store = Store(place / "store")
+    assert [one["reason"] for one in quarantined(store)] == ["kept columns too long"] * 20
+    assert len(store.list("prompts/shards")) == 1
+
+
+def test_a_row_of_a_parquet_that_is_too_long_is_quarantined_and_the_next_one_is_read(place: Path) -> None:
+    table = pa.table({"prompt": ["x" * (65 * 2**20), "good"], "answer": [1, 2]})
+    pq.write_table(table, place / "source")
+    found, store = take(place, (place / "source").read_bytes(), "p.parquet")
+    assert found.counts.out == 1
+    assert [one["reason"] for one in quarantined(store)] == ["row too long"]
+
+
+def test_a_zip_of_one_file_is_read_and_what_nothing_unpacks_is_refused(place: Path) -> None:
+    with zipfile.ZipFile(place / "source", "w") as archive:
+        archive.mkdir("folder")
+        archive.writestr("folder/any name", GOOD)
+    found, _ = take(place, (place / "source").read_bytes(), "p.jsonl.zip")
+    assert found.counts.out == 1
+    for form in ("auto", "jsonl"):
+        with pytest.raises(ConfigError, match=r"p\.jsonl\.zst' cannot be unpacked here; unpack it"):
+            take(place, GOOD, "p.jsonl.zst", format=form)
+
+
+def test_broken_text_in_a_saved_data_set_is_quarantined(place: Path) -> None:
+    offsets, values = pa.py_buffer(struct.pack("<3i", 0, 2, 6)), pa.py_buffer(b"\xff\xfegood")
+    Dataset(pa.table({"prompt": pa.StringArray.from_buffers(2, offsets, values)})).save_to_disk("source")
+    bad, good = [row for row, _ in read_rows(IngestConfig(source="source"))]
+    assert isinstance(bad, BadRow) and bad.reason == "not UTF-8"
+    assert good == {"prompt": "good"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_and_sounds_beside_a_prompt_are_not_decoded_and_json_is(streaming: bool, place: Path) -> None:
+    """Sounds need a library that is not there, and paths are the data's."""
+    media = {"bytes": b"nothing that can be decoded", "path": "/etc/hostname"}
+    kinds = Features({"prompt": Value("string"), "picture": Image(), "sounds": List(Audio()), "about": Json()})
+    table = pa.table(
+        {
+            "prompt": ["x"],
+            "picture": pa.array([media], Image().pa_type),
+            "sounds": pa.array([[media]], pa.list_(Audio().pa_type)),
+            "about": pa.array(['{"a": [1]}'], pa.json_()),
+        }
+    )
+    loaded = Dataset(table, info=DatasetInfo(features=kinds))
+    [row] = dataset_rows(loaded.to_iterable_dataset() if streaming else loaded)
+    assert row == {"prompt": "x", "picture": media, "sounds": [media], "about": {"a": [1]}}
+
+
+def test_a_saved_data_set_that_is_cut_off_ends_in_words(place: Path) -> None:
+    Dataset.from_dict({"prompt": ["x" * 1000] * 50}).save_to_disk("source")
+    [data] = (place / "source").glob("*.arrow")
+    os.truncate(data, data.stat().st_size // 2)
+    with pytest.raises(RunError, match="is damaged or no save_to_disk folder"):
+        list(read_rows(IngestConfig(source="source")))
+
+
+def test_a_parquet_with_a_flipped_bit_anywhere_ends_in_words_or_in_rows(place: Path) -> None:
+    rows = pa.table({"prompt": [f"a {i}" for i in range(200)], "n": [[{"a": str(i)}] for i in range(200)]})
+    pq.write_table(rows, place / "source", compression="snappy")
+    whole = (place / "source").read_bytes()
+    for bit in range(5, len(whole) * 8, 41):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        (place / "p.parquet").write_bytes(changed)
+        with contextlib.suppress(RunError):
+            list(read_rows(IngestConfig(source="p.parquet")))
 
 
 def test_a_row_that_does_not_end_is_quarantined_and_the_next_one_is_read(place: Path) -> None:
