@@ -131,6 +131,9 @@ def prefect_worker(api_url: str, pool: str, folder: Path, cwd: Path = ROOT, **ex
         yield
 
 
+PATIENCE = 150.0  # seconds; Prefect's server may wait for a lock of SQLite for 60, more than once
+
+
 def unlocked(ask: Callable[[], httpx.Response]) -> httpx.Response:
     """An answer of the server, whose SQLite a busy machine locks now and then; Prefect's client asks again, too."""
     deadline = time.monotonic() + 120

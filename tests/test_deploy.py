@@ -22,7 +22,7 @@ from flows.deploy import deploy_all
 from flows.deployments import read_file
 from tasks.errors import ConfigError
 from tests.forms import drawn_as, remembered
-from tests.services import ROOT, environment, prefect_server, prefect_worker, prefsieve, unlocked
+from tests.services import PATIENCE, ROOT, environment, prefect_server, prefect_worker, prefsieve, unlocked
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 RUN = 240.0  # seconds; a run takes about 30 on two idle cores
@@ -34,7 +34,7 @@ NIGHT = {"slug": "night", "cron": "0 2 * * *"}
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with (
         prefect_server(tmp_path_factory.mktemp("server")) as url,
-        httpx.Client(base_url=url, timeout=120) as client,
+        httpx.Client(base_url=url, timeout=PATIENCE) as client,
     ):
         yield client
 

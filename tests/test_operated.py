@@ -21,6 +21,7 @@ import yaml
 
 from tests.conftest import TinyModels, curate_values, prompts, write_jsonl
 from tests.services import (
+    PATIENCE,
     ROOT,
     environment,
     postgresql,
@@ -44,7 +45,7 @@ def api(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[httpx.Client
     with contextlib.ExitStack() as stack:
         database = stack.enter_context(postgresql()) if request.param == "postgresql" else ""
         url = stack.enter_context(prefect_server(tmp_path / "server", database))
-        yield stack.enter_context(httpx.Client(base_url=url, timeout=120))
+        yield stack.enter_context(httpx.Client(base_url=url, timeout=PATIENCE))
 
 
 def test_a_schedule_fires_what_it_published_is_trained_on_and_a_failure_is_told(
@@ -93,11 +94,11 @@ def test_deployments_are_registered_for_kubernetes_by_naming_that_pool(prefect_a
     env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path))
     done = prefsieve("deploy", "--pool", "prefsieve-kubernetes", env=env)
     assert done.returncode == 0, done.stderr
-    pool = httpx.get(f"{prefect_api}/work_pools/prefsieve-kubernetes").json()
+    pool = httpx.get(f"{prefect_api}/work_pools/prefsieve-kubernetes", timeout=PATIENCE).json()
     template = json.loads((ROOT / "infra" / "prefect" / "base-job-template.json").read_text())
     assert (pool["type"], pool["base_job_template"]) == ("kubernetes", template)
     for flow in ("curate", "train", "evaluate", "experiment"):
-        deployed = httpx.get(f"{prefect_api}/deployments/name/{flow}/{flow}").json()
+        deployed = httpx.get(f"{prefect_api}/deployments/name/{flow}/{flow}", timeout=PATIENCE).json()
         assert deployed["work_pool_name"] == "prefsieve-kubernetes"
         assert deployed["job_variables"] == {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}}
 
@@ -111,7 +112,7 @@ def test_a_wrong_automation_is_refused_before_anything_is_registered(prefect_api
     done = prefsieve("deploy", "--file", file, env=environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path)))
     assert done.returncode == 2
     assert "'prefsieve-run-failed': trigger.event.posture" in done.stderr
-    assert httpx.get(f"{prefect_api}/work_pools/untouched").status_code == 404
+    assert httpx.get(f"{prefect_api}/work_pools/untouched", timeout=PATIENCE).status_code == 404
 
 
 # --- what is deployed, and who listens

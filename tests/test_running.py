@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.services import ROOT, environment, unlocked
+from tests.services import PATIENCE, ROOT, environment, unlocked
 
 WAIT = """
 import sys, time
@@ -70,10 +70,10 @@ def test_a_run_that_is_ended_says_so(
         else:
             state = {"state": {"type": "CANCELLING"}}
             place = f"{prefect_api}/flow_runs/{runs[cancelled]}/set_state"
-            unlocked(lambda: httpx.post(place, json=state)).raise_for_status()
+            unlocked(lambda: httpx.post(place, json=state, timeout=PATIENCE)).raise_for_status()
         assert process.wait(60) != 0
     assert [_state(prefect_api, run) for run in runs] == states
 
 
 def _state(api: str, run: str) -> Any:
-    return httpx.get(f"{api}/flow_runs/{run}").json()["state"]["type"]
+    return httpx.get(f"{api}/flow_runs/{run}", timeout=PATIENCE).json()["state"]["type"]

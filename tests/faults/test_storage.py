@@ -62,7 +62,7 @@ FAULTS = {"conflict": 409, "error": 500, "slow_down": 503, "reset": "reset", "lo
 
 @pytest.mark.parametrize(
     "rule",
-    [now_and_then(error=8, slow_down=8, conflict=4), now_and_then(reset=10, lost=10, slow=5)],
+    [now_and_then(error=8, slow_down=8, conflict=12), now_and_then(reset=10, lost=10, slow=5)],
     ids=["500, 503 SlowDown, 409 of two at once", "reset, answer lost, slow"],
 )
 def test_a_server_that_fails_now_and_then_changes_nothing(

@@ -18,7 +18,7 @@ import yaml
 from tasks.store import Store
 from tests.conftest import curate_values, generator, prompts, write_jsonl
 from tests.faults.runs import kill, processes
-from tests.services import ROOT, environment, prefect_worker, prefsieve, unlocked
+from tests.services import PATIENCE, ROOT, environment, prefect_worker, prefsieve, unlocked
 
 SHIPPED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
 SHARD, SHARDS = 4, 4
@@ -31,7 +31,7 @@ def test_a_run_whose_machine_is_gone_is_shown_as_crashed_and_the_next_goes_on(
     store, faults = Store(tmp_path / "store"), tmp_path / "faults.json"
     deployed(prefect_api, tmp_path, store, faults)
     faults.write_text(json.dumps({"": "sleep 0.5"}))
-    with httpx.Client(base_url=prefect_api, timeout=60) as api:
+    with httpx.Client(base_url=prefect_api, timeout=PATIENCE) as api:
         mark = secrets.token_hex(8)
         with prefect_worker(prefect_api, "vanished", tmp_path / "worker", MARK=mark):
             first = started(api)
