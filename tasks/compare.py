@@ -85,7 +85,7 @@ def cell_digest(config: ExperimentConfig, policy: str, completions: Completions,
 
 def cell_states(config: ExperimentConfig, store: Store) -> list[dict[str, Any]]:
     """A row per cell: what is done of it, by what is in the store."""
-    evaluate, rows = config.evaluate, []
+    evaluate, rows, there = config.evaluate, [], store.list(_CELLS)
     prompts = known_prompts(evaluate.ingest, store)
     scorers = {scorer.name: models.scorer_fingerprint(scorer, store) for scorer in evaluate.score.scorers}
     for cell in config.cells():
@@ -103,7 +103,7 @@ def cell_states(config: ExperimentConfig, store: Store) -> list[dict[str, Any]]:
             made = {one.name: models.generator_fingerprint(one, store) for one in generators}
             completions = Completions(prompts, evaluate.generate.samples, made, prompts.counts)
             of_all = cell_digest(config, policy.name, completions, scorers)
-            compared = any(place.startswith(f"{_CELLS}/{of_all}.") for place in store.list(_CELLS))
+            compared = any(place.startswith(f"{_CELLS}/{of_all}.") for place in there)
         rows.append(
             {
                 **row,

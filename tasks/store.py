@@ -188,8 +188,10 @@ class Store:
         """Remove a file, or all files below a path, if there are any. For what nothing refers to."""
         try:
             self.fs.rm(self.full(path), recursive=True)
-        except OSError as error:  # another run was first, or writes there
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+        except FileNotFoundError:  # another run was first; on S3 it has no number
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # another run writes there
                 raise
 
     # --- JSON and tables
