@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.errors import ConfigError, RunError
-from tasks.ingest import shards_of
 from tasks.pairtable import open_pairs
 from tasks.publish import Texts
 from tasks.records import PREFERENCES, Completions, Counts, Pairs, PromptSet, Rewards
@@ -107,7 +106,7 @@ def _told(row: dict[str, Any], metrics: list[str]) -> dict[str, Any]:
 
 def _texts(store: Store, pairs: Pairs, row: dict[str, Any]) -> dict[str, str]:
     """The beginnings of the prompt and of both sides of one of its pairs."""
-    texts = Texts(store, shards_of(store, pairs.rewards.completions.prompts))
+    texts = Texts(store, pairs)
     place = pa.Table.from_pylist([{name: row[name] for name in _PLACE}])
     [found] = texts.join(row["shard"], place, _TEXTS).to_pylist()
     return {name: " ".join(message["content"] for message in said)[:_EXCERPT] for name, said in found.items()}

@@ -36,7 +36,8 @@ class ShardColumns:
     """All [prompts, columns], but for samples: which of its generator's each column is, [columns].
 
     rewards: by scorer, NaN where there is none; disagreement: of ensembles, by name; texts: digests; tokens: lengths;
-    authors: number in Columns.authors, ABSENT where there is no sample; files: of completions, number in `names`.
+    authors: number in Columns.authors, ABSENT where there is no sample; files: of completions, number in `names`;
+    seals: of the texts in each of them.
     """
 
     rewards: dict[str, NDArray[np.float64]]
@@ -46,6 +47,7 @@ class ShardColumns:
     authors: NDArray[np.int16]
     files: NDArray[np.int32]
     names: list[str]
+    seals: list[str]
     samples: NDArray[np.int32]
 
     @property
@@ -117,6 +119,7 @@ class Columns:
             authors=_beside([one["authors"] for one in made]),
             files=_beside([one["files"] + start if start else one["files"] for one, start in numbered]),
             names=[name for one in made for name in one["names"]],
+            seals=[seal for one in made for seal in one["seals"]],
             samples=np.concatenate([np.arange(one["texts"].shape[1], dtype=np.int32) for one in made]),
         )
 
@@ -130,7 +133,7 @@ class Columns:
         parts, _ = cover(shared, number, self.rows_of)
         shape = (shard["rows"], int(number.max()))
         whole = len(parts) == 1 and parts[0][1].shape == shape and bool(parts[0][1].all())
-        found: dict[str, Any] = {"names": []}
+        found: dict[str, Any] = {"names": [], "seals": []}
         found |= (
             {}
             if whole
@@ -159,6 +162,7 @@ class Columns:
                     values[scorer] = np.where(columns["authors"] == ABSENT, np.nan, values[scorer])
             columns["files"] = np.broadcast_to(np.int32(len(found["names"])), take.shape)
             found["names"].append(file)
+            found["seals"].append(seal.decode())
             if whole:
                 return {**columns, **found, "rewards": values}
             at, samples = np.nonzero(take)

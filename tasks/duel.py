@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,11 +25,12 @@ from tasks import models
 from tasks.cluster import Pool, run_pools
 from tasks.config import CompareConfig
 from tasks.engines.loop import started
+from tasks.errors import RunError
 from tasks.generate import completions_path
 from tasks.ingest import read_shard
 from tasks.judge import ENDPOINT, JUDGE, Duel, Judge
 from tasks.progress import Meter, Report, silent
-from tasks.records import DUELS, Completions, Counts, Duels
+from tasks.records import DUELS, RATED, Completions, Counts, Duels, digest
 from tasks.samples import Held, Ints, cover, existing, missing, rows_of, wanted_of
 from tasks.score import TooManyMissing, check_missing, settled
 from tasks.sections import ScoreConfig, ScorerConfig
@@ -120,6 +121,7 @@ class DuelWorker:
         made = [_outcomes(row, pairs, answers) for row, pairs in enumerate(met)]
         ids = [row["prompt_id"] for row in rows]
         table = pa.Table.from_pylist([{"prompt_id": i, **m} for i, m in zip(ids, made, strict=True)], schema=DUELS)
+        table = table.replace_schema_metadata({RATED: _seal(one, other)})
         await asyncio.to_thread(self.store.create_table, path, table)
         reasons = [reason for outcome in made for reason in outcome["reasons"] if reason]
         return {
@@ -176,16 +178,24 @@ def read_grades(
         yield (-grades[1], -grades[0]) if turned else (grades[0], grades[1])
 
 
-def texts_of(store: Store, generator: str, prompts: str, number: Ints) -> Texts:
-    """The texts of samples 0..number-1 of a generator, for the rows of one shard."""
+def texts_of(
+    store: Store, generator: str, prompts: str, number: Ints, there: Mapping[str, list[Held]] | None = None
+) -> Texts:
+    """The texts of samples 0..number-1 of a generator, for the rows of one shard; there: its files, if known."""
     rows = rows_of(store)
     texts: Texts = [[None] * int(n) for n in number]
-    for held, take in cover(existing(store, f"completions/{generator}").get(prompts, []), number, rows)[0]:
+    known = existing(store, f"completions/{generator}") if there is None else there
+    for held, take in cover(known.get(prompts, []), number, rows)[0]:
         table, mine = store.read_table(completions_path(generator, prompts, held), ["texts"]), rows(held)
         for i, (given, wanted) in enumerate(zip(table["texts"].to_pylist(), take, strict=True)):
             for j in np.flatnonzero(wanted[: len(given)]):
                 texts[i if mine is None else int(mine[i])][held.first + int(j)] = given[j]
     return texts
+
+
+def _seal(one: Texts, other: Texts) -> bytes:
+    """Of what is compared: an engine that makes completions again may answer otherwise."""
+    return digest([one, other]).encode()
 
 
 def _below(judge: str, sides: tuple[str, str]) -> str:
@@ -224,12 +234,22 @@ def _count(
 ) -> Counts:
     """Comparisons of two texts in, those with both grades out, over all judges, from the files themselves."""
     into, dropped, rows = 0, Counter[str](), rows_of(store)
+    made = [existing(store, f"completions/{side}") for side in sides]
     for name, fingerprint in fingerprints.items():
         seen, reasons = 0, list[str]()
         there = existing(store, _below(fingerprint, sides))
         for shard, number in shards:
             for held, take in cover(there[shard["prompts"]], number, rows)[0]:
-                table = store.read_table(duels_path(fingerprint, sides, shard["prompts"], held), ["first", "reasons"])
+                path = duels_path(fingerprint, sides, shard["prompts"], held)
+                table = store.read_table(path, ["first", "reasons"])
+                until = np.full(shard["rows"], held.last, np.int64)
+                one, other = [
+                    [texts[held.first :] for texts in texts_of(store, side, shard["prompts"], until, there)]
+                    for side, there in zip(sides, made, strict=True)
+                ]
+                seal = _seal(one, other)
+                if (table.schema.metadata or {}).get(RATED, seal) != seal:
+                    raise RunError(f"{path} compares other texts than there are now; remove it and run again")
                 for grades, why, wanted in zip(
                     *(table[c].to_pylist() for c in ("first", "reasons")), take, strict=True
                 ):

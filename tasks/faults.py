@@ -1,17 +1,16 @@
 """Requests that an engine dies over: found while the run goes on, and refused; the others are answered as ever.
 
 An engine that raises, hangs or crashes takes its process along, and Ray gives what that process had in hand to a fresh
-one. Who begins a batch leaves a note in the store and takes it away at the end; a note that is there already tells of a
-process that died over the batch. Its requests are then asked one by one, each with notes of its own, and what an engine
-raised or hung at alone is refused, as is what two processes ended at. Notes belong to a run: the next one tries again.
-The start of an engine has a note as well, of the actor that it is in: Ray would start one process after the other.
+one of the same actor. Who begins a batch leaves a note in the store and takes it away at the end; a note of an earlier
+process tells that it died over the batch. Its requests are then asked one by one, each with notes of its own, and what
+an engine raised or hung at alone is refused, as is what two processes ended at. Notes belong to a run: the next one
+tries again. The start of an engine has a note as well: Ray would start one process after the other.
 
-    faults/<run>/<fingerprint>/<batch or request>.<number>.json
+    faults/<run>/<fingerprint>/<batch, request or start>.<actor>.<process>.<number>.json
     faults/<run>/<fingerprint>/refused.<request>.json
-    faults/<run>/<fingerprint>/start.<actor>.<number>.json
 
-Engines of another fingerprint may be asked the same just then. A folder holds the notes of what is in hand just now, so
-a look into it is one small request.
+Other actors, and engines of another fingerprint, may be asked the same just then. A folder holds the notes of what is
+in hand just now, so a look into it is one small request.
 """
 
 from __future__ import annotations
@@ -44,11 +43,13 @@ class Faults:
     def __init__(self, store: Store, run: str) -> None:
         """run: with the fingerprint of what is asked, run/fingerprint."""
         self.store, self.run = store, run
+        self.actor, self.process = _actor(), uuid.uuid4().hex[:16]
 
     def begin(self, name: str, about: Mapping[str, str] | None = None) -> list[str]:
-        """Leave a note. Returns all that are there: one for each process that died over it, and this one."""
-        died = self._notes(name)
-        note = f"faults/{self.run}/{name}.{uuid.uuid4().hex}.json"
+        """Leave a note. Returns this actor's: one for each of its processes that died over it, and this one."""
+        mine = f"{name}.{self.actor}"
+        died = [note for note in self._notes(mine) if f"/{mine}.{self.process}." not in note]
+        note = f"faults/{self.run}/{mine}.{self.process}.{uuid.uuid4().hex}.json"
         self.store.create_json(note, dict(about or {}))
         return [*died, note]
 
@@ -64,9 +65,8 @@ class Faults:
         deadline: seconds it may take; then the process ends. Raises RunError when that happened before to this actor,
         or two of its processes ended here without a word.
         """
-        name = f"{what}.{_actor()}"
-        notes = self.begin(name, {"log": log_of_this_process()})
-        late = threading.Timer(deadline, self._late, (name, f"it was not ready after {deadline:g} s"))
+        notes = self.begin(what, {"log": log_of_this_process()})
+        late = threading.Timer(deadline, self._late, (what, f"it was not ready after {deadline:g} s"))
         late.daemon = True
         try:
             if len(notes) > _DEATHS:

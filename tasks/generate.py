@@ -235,23 +235,31 @@ def _count(
         mine: Counter[str] = Counter()
         there = existing(store, f"completions/{fingerprint}")
         unread = (
-            (path, take)
+            [
+                (path, take, rows(held))
+                for held, take in cover(there[shard["prompts"]], number, rows)[0]
+                if (path := completions_path(fingerprint, shard["prompts"], held)) not in answered
+            ]
             for shard, number in shards
-            for held, take in cover(there[shard["prompts"]], number, rows)[0]
-            # An engine that refuses a prompt does so from the first sample on.
-            if held.first == 0 and (path := completions_path(fingerprint, shard["prompts"], held)) not in answered
         )
-        for reasons in in_order(lambda file: _refused(store, *file), unread):
+        for reasons in in_order(lambda files: _refused(store, files), unread):
             mine.update(reasons)
         _check_refused(config, name, mine.total(), prompts.counts.out, str(dict(mine)))
         dropped += mine
     return Counts(into, into - dropped.total(), dict(dropped))
 
 
-def _refused(store: Store, path: str, take: Mask) -> Counter[str]:
-    """Why prompts of a file were refused, of those that are wanted."""
-    reasons = store.read_table(path, ["refused"])["refused"].filter(pa.array(take[:, 0])).drop_null().to_pylist()
-    return Counter(f"refused: {reason.split(':')[0]}" for reason in reasons)
+def _refused(store: Store, files: list[tuple[str, Mask, Ints | None]]) -> Counter[str]:
+    """Why prompts of a shard were refused: each once, also where that was for its later samples only.
+
+    files: with what is wanted of each, and its rows of the shard.
+    """
+    why: dict[int, str] = {}
+    for path, take, rows in files:
+        reasons = store.read_table(path, ["refused"])["refused"]
+        for at in np.flatnonzero(take.any(axis=1) & reasons.is_valid().to_numpy()):
+            why.setdefault(int(at if rows is None else rows[at]), reasons[int(at)].as_py())
+    return Counter(f"refused: {reason.split(':')[0]}" for reason in why.values())
 
 
 def _check_refused(config: GenerateConfig, name: str, refused: int, of: int, example: str) -> None:

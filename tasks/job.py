@@ -18,7 +18,7 @@ import pyarrow as pa
 from tasks import models
 from tasks.config import TrainConfig, is_local_path
 from tasks.records import SCHEMA_VERSION, Counts, digest
-from tasks.store import Store, inside, to_json
+from tasks.store import Store, inside
 from tasks.versions import fetch_version, find_version, publish_folder, read_manifest, remember_build
 
 _KEPT = 2  # checkpoints of a training that goes on, the last ones; an optimizer's state is larger than its model
@@ -147,9 +147,8 @@ class Job:
             self.store.create_file(f"{place}/{file.relative_to(folder)}", file)
         names = [str(file.relative_to(folder)) for file in files]
         seconds = self.earlier_seconds + time.monotonic() - self.started
-        self.store.create(
-            f"{place}/complete.json", to_json({"files": names, "began_at": self.began_at, "seconds": seconds})
-        )
+        about = {"files": names, "began_at": self.began_at, "seconds": seconds}
+        self.store.create_json(f"{place}/complete.json", about)
         mine = [complete for complete in self._complete() if f"/{self.attempt}/" in complete]
         known = [*self.earlier, *mine]
         self.earlier = [complete for complete in self.earlier if complete in known[-_KEPT:]]

@@ -163,12 +163,13 @@ def _write(
     totals: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     sums: Counter[str] = Counter()
+    texts: dict[str, str] = {}
     with (
         pq.ParquetWriter(folder / "pairs.parquet", signed(schema), **parquet_options(schema)) as pairs,
         pq.ParquetWriter(folder / "drops.parquet", signed(DROPS), **parquet_options(DROPS)) as drops,
     ):
 
-        def make(item: tuple[int, dict[str, Any]]) -> tuple[pa.Table, pa.Table, dict[str, Counter[str]]]:
+        def make(item: tuple[int, dict[str, Any]]) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
             return _shard_tables(config, columns, survey, others, schema, *item)
 
         for (kept, lost, counts), shard in zip(in_order(make, enumerate(shards)), shards, strict=True):
@@ -177,6 +178,7 @@ def _write(
             totals.update(counts["totals"])
             dropped.update(counts["dropped"])
             sums.update(counts["sums"])
+            texts.update(counts["texts"])
             meter.add(shard["rows"])
     asked = len(columns.authors) if not columns.imported else 1
     prompts = sum(shard["rows"] for shard in shards)
@@ -194,6 +196,7 @@ def _write(
         "mean_reward": _mean_rewards(columns, survey, sums),
         "ensembles": [ensemble.model_dump() for ensemble in columns.ensembles],
         "generator_delta": _generator_delta(config, columns, survey),
+        "texts": texts,  # by file, the seal of what the pairs are made of; see Texts
         "agreement": [
             {
                 "scorers": [survey.scorer, other],
@@ -258,8 +261,8 @@ def _shard_tables(
     schema: pa.Schema,
     index: int,
     shard: dict[str, Any],
-) -> tuple[pa.Table, pa.Table, dict[str, Counter[str]]]:
-    """The pairs and drops of one shard, and what is to be counted and summed over all."""
+) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
+    """The pairs and drops of one shard, and what is to be counted, summed and kept of all."""
     arrays = columns.read(shard)
     prompts = read_shard(columns.store, shard["digest"], ["prompt_id", "source"])
     rewards = arrays.rewards.get(survey.scorer, np.full(arrays.texts.shape, np.nan))
@@ -326,6 +329,7 @@ def _shard_tables(
         "totals": Counter({name: int(n) for name, n in totals.items()}),
         "dropped": Counter({REASONS[i]: int(n) for i, n in enumerate(reasons) if n}),
         "sums": sums,
+        "texts": dict(zip(arrays.names, arrays.seals, strict=True)),
     }
     return _table(values, schema), _table(drops, DROPS), counts
 

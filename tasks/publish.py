@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from tasks import models
 from tasks.card import dataset_card
 from tasks.config import PublishConfig, SubsetConfig
+from tasks.errors import RunError
 from tasks.explain import explain
 from tasks.ingest import read_shard, shards_of
 from tasks.pairtable import open_pairs
@@ -28,11 +29,13 @@ from tasks.records import (
     PREFERENCES,
     SCHEMA_VERSION,
     Counts,
+    Pairs,
     Selection,
     Version,
     Work,
     digest,
     rounded,
+    texts_seal,
     with_scorers,
 )
 from tasks.report import report_html
@@ -183,7 +186,7 @@ def _regular(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def _tables(selection: Selection, store: Store) -> Iterator[pa.Table]:
     """The subset's rows, with texts, at most a prompt shard at a time."""
-    texts = Texts(store, shards_of(store, selection.pairs.rewards.completions.prompts))
+    texts = Texts(store, selection.pairs)
     chosen = store.read_table(selection_path(selection.pairs, selection.digest))
     rows, ranks = chosen["pair"].to_numpy(), chosen["rank"].to_numpy()
     start = 0
@@ -203,10 +206,16 @@ def _tables(selection: Selection, store: Store) -> Iterator[pa.Table]:
 
 
 class Texts:
-    """Looks up prompts and completions of one shard at a time."""
+    """Looks up prompts and completions of the pairs of one shard at a time."""
 
-    def __init__(self, store: Store, shards: list[dict[str, Any]]) -> None:
-        self.store, self.shards, self.rows_of = store, shards, rows_of(store)
+    def __init__(self, store: Store, pairs: Pairs) -> None:
+        self.store, self.shards, self.rows_of = (
+            store,
+            shards_of(store, pairs.rewards.completions.prompts),
+            rows_of(store),
+        )
+        self.made_of = f"pairs/{pairs.digest}"
+        self.seals = store.read_object(f"{self.made_of}/manifest.json", "texts")["texts"]
         self.held: tuple[int, dict[str, pa.ListArray]] = (-1, {})  # a shard, and columns of its files
 
     def join(self, shard: int, pairs: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -241,7 +250,10 @@ class Texts:
 
     def _texts(self, file: str) -> pa.ListArray:
         if file not in self.held[1]:
-            self.held[1][file] = self.store.read_table(file, ["texts"])["texts"].combine_chunks()
+            table = self.store.read_table(file, ["texts", "text_digests"])
+            if self.seals.get(file) != texts_seal(table["text_digests"]).decode():
+                raise RunError(f"{file} has other texts now than {self.made_of} was made of; remove that and run again")
+            self.held[1][file] = table["texts"].combine_chunks()
         return self.held[1][file]
 
     def _prompts(self, shard: str) -> pa.ListArray:

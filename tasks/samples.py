@@ -62,7 +62,8 @@ def rows_of(store: Store) -> RowsOf:
     def look_up(part: str) -> Ints:
         path = f"prompts/rows/{part}.json"
         rows = store.read_json(path)
-        if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < 2**63 for row in rows):
+        whole = isinstance(rows, list) and all(type(row) is int and 0 <= row < 2**63 for row in rows)
+        if not whole or digest(rows) != part:
             raise store.damaged(path)
         return np.array(rows, np.int64)
 

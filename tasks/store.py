@@ -211,7 +211,10 @@ class Store:
         return found
 
     def damaged(self, path: str) -> RunError:
-        """To raise for a file that holds something else than what was written there."""
+        """To raise for a file that holds something else than what was written there.
+
+        What else was made of completions, Columns, Texts and duels find out where it is read.
+        """
         rated = path.removeprefix("completions/")
         made = f", and what was made of it, rewards/*/{rated}," if rated != path else ""  # an engine may answer anew
         return RunError(f"{path} in {self.url} is damaged; remove it{made} and run again: only what is missing is made")

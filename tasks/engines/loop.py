@@ -13,6 +13,7 @@ import math
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class EngineLoop:
         self._again = 0  # requests that an engine died over before, or beside
         self.moved = time.monotonic()
         self.dead = ""  # why, once the engine is
+        self._open: set[Future[list[Any]]] = set()  # what was handed in and is not answered
         self._turn = asyncio.Lock()  # of handing in, and of all that is asked alone
         self._inbox: queue.SimpleQueue[tuple[Sequence[Any], _Batch] | None] = queue.SimpleQueue()
         self._waiting: dict[int, tuple[_Batch, int]] = {}
@@ -56,14 +58,14 @@ class EngineLoop:
         Raises EngineDied when it just did: then this process must end, and a fresh one be asked the same. Without
         faults only an engine that hangs has died; what it raises comes as it is.
         """
-        if not self.faults:
+        if not self.faults or not requests:
             return await self._moving(self.submit(requests))
         notes = await asyncio.to_thread(self.faults.begin, _name(requests))
         died = len(notes) > 1
         async with self._turn:
             if died:
                 self._again += len(requests)
-                while self._waiting:
+                while self._open:
                     await asyncio.sleep(_LOOK)
                 found = [await self._alone(request, self.faults) for request in requests]
             else:
@@ -74,10 +76,11 @@ class EngineLoop:
         return found
 
     async def _alone(self, request: Any, faults: Faults) -> Any:
-        if self.dead:  # over another request: a note would blame this one
-            raise EngineDied(self.dead)
         name = _name([request])
         notes = await asyncio.to_thread(faults.begin, name)
+        if self.dead:  # over another request: the note would blame this one
+            await asyncio.to_thread(faults.end, notes[-1:])
+            raise EngineDied(self.dead)
         if reason := await asyncio.to_thread(faults.refused, name, len(notes) - 1):
             return Refused(reason)
         try:
@@ -98,15 +101,16 @@ class EngineLoop:
         try:
             return await answers
         except Exception as error:
-            if not self.faults or isinstance(error, ConfigError | RunError) or is_network_fault(error):
-                raise
-            self.dead = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-            raise EngineDied(self.dead) from error
+            if self.faults and _is_death(error):
+                raise EngineDied(self.dead) from error
+            raise
 
     def submit(self, requests: Sequence[Any]) -> Future[list[Any]]:
         """Answers in the order of the requests; a Refused where the engine cannot take one."""
         future: Future[list[Any]] = Future()
         if requests:
+            self._open.add(future)
+            future.add_done_callback(self._open.discard)
             self._inbox.put((requests, _Batch(future, [None] * len(requests), len(requests))))
         else:
             future.set_result([])
@@ -129,7 +133,10 @@ class EngineLoop:
                 for key, answer in self.engine.step():
                     self._settle(key, answer)
         except BaseException as error:  # the thread must not die silently: whoever waits gets the error
-            self.engine.close()
+            try:
+                self.engine.close()
+            except Exception:  # a GPU that failed once fails again, and that is not why
+                traceback.print_exc()
             self._fail(error)
         else:
             self.engine.close()
@@ -167,6 +174,8 @@ class EngineLoop:
             batch.future.set_result(batch.answers)
 
     def _fail(self, error: BaseException) -> None:
+        if _is_death(error):
+            self.dead = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         batches = {id(batch): batch for batch, _ in self._waiting.values()}
         self._waiting.clear()
         for batch in batches.values():
@@ -184,6 +193,11 @@ def started(config: GeneratorConfig | ScorerConfig, store: Store, run: str) -> E
     with faults.attempt("start", config.start_deadline):
         engine = engine_of(config, models.local(config.model, store))
     return EngineLoop(engine, faults, config.deadline)
+
+
+def _is_death(error: BaseException) -> bool:
+    """Of the engine; else the configuration, the run or the network is at fault."""
+    return not isinstance(error, ConfigError | RunError) and not is_network_fault(error)
 
 
 def _name(requests: Sequence[Any]) -> str:

@@ -194,7 +194,7 @@ class Broken:
 def test_a_request_that_was_not_asked_is_not_blamed_for_what_the_one_before_did(store: Store) -> None:
     faults = Faults(store, "run")
     for batch in (["a", "b"], ["c", "d"]):
-        faults.begin(name_of(batch))  # as if a process had died over it
+        Faults(store, "run").begin(name_of(batch))  # as a process that died over it
 
     async def ask() -> list[Any]:
         loop = EngineLoop(Broken(), faults)
