@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from flows.doctor import plan
@@ -192,6 +193,24 @@ def test_a_judge_compares_sample_with_sample_in_both_orders_and_a_rerun_asks_not
     lc = length_controlled(points, tokens[0] - tokens[1])
     assert result["length_controlled"]["win_rate"] == pytest.approx(lc.rate, abs=1e-6)
     assert lc.effects[0] > 2 and lc.error < 0.1
+
+
+def test_comparisons_of_texts_that_are_answered_otherwise_now_are_told(made: Any, place: Path) -> None:
+    """As an engine may that makes a removed file again."""
+    config = configure(place, [judge()])
+    store = Store(config.store_url)
+    duel(config.score, config.evaluate, made[1], store)
+    path, *_ = store.list("completions")
+    table = store.read_table(path)
+    texts = [[f"{text} or not" for text in row] for row in table["texts"].to_pylist()]
+    column = table.schema.get_field_index("texts")
+    store.remove_file(path)
+    store.create_table(path, table.set_column(column, table.field(column), pa.array(texts, table.field(column).type)))
+    with pytest.raises(RunError, match=r"duels/.* compares other texts than there are now; remove it and run again"):
+        duel(config.score, config.evaluate, made[1], store)
+    for file in store.list("duels"):
+        store.remove_file(file)
+    assert duel(config.score, config.evaluate, made[1], store).counts.out
 
 
 def test_more_samples_pay_only_for_themselves(made: Any, place: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.errors import RunError
 from tasks.generate import completions_path, generate, missing_completions
 from tasks.models import generator_fingerprint
 from tasks.records import COMPLETIONS, PROMPTS, Counts, PromptSet, digest
@@ -100,23 +101,31 @@ def test_rows_are_final_with_their_last_missing_file(store: Store) -> None:
     ]
 
 
-def test_refusals_are_counted_in_every_first_file_and_once_per_prompt(store: Store) -> None:
+def refusals(store: Store, files: list[tuple[Held, list[int], list[int]]], most: float = 1.0) -> dict[str, int]:
+    """What generate counts of four prompts, 8 samples each, once these files are there: with rows, those refused."""
     ids = [digest(i) for i in range(4)]
-    table = pa.Table.from_pylist(
-        [{"prompt_id": i, "messages": [], "source": "s", "fields": "{}"} for i in ids], PROMPTS
-    )
-    store.create_table("prompts/shards/rows.parquet", table)
-    store.create_json("prompts/set/manifest.json", {"shards": [{"digest": "rows", "prompts": "p", "rows": 4}]})
-    config = GenerateConfig(samples=8, generators=[GeneratorConfig(name="g", engine="fake")], max_refused=1.0)
+    if not store.list("prompts/shards"):
+        prompts = [{"prompt_id": i, "messages": [], "source": "s", "fields": "{}"} for i in ids]
+        store.create_table("prompts/shards/rows.parquet", pa.Table.from_pylist(prompts, PROMPTS))
+        store.create_json("prompts/set/manifest.json", {"shards": [{"digest": "rows", "prompts": "p", "rows": 4}]})
+    config = GenerateConfig(samples=8, generators=[GeneratorConfig(name="g", engine="fake")], max_refused=most)
     fingerprint = generator_fingerprint(config.generators[0], store)
-    pilot, others = np.array([1]), np.array([0, 2, 3])
+    for held, rows, refused in files:
+        table = [{"prompt_id": ids[row], "refused": "too long: 9" if row in refused else None} for row in rows]
+        store.create_table(completions_path(fingerprint, "p", held), pa.Table.from_pylist(table, COMPLETIONS))
+    return dict(generate(config, PromptSet("set", Counts(4, 4)), store).counts.dropped)
 
-    def refusals(files: list[tuple[Held, list[int]]]) -> dict[str, int]:
-        for held, rows in files:
-            refused = [{"prompt_id": ids[row], "refused": "too long: 9" if row in (1, 3) else None} for row in rows]
-            store.create_table(completions_path(fingerprint, "p", held), pa.Table.from_pylist(refused, COMPLETIONS))
-        return dict(generate(config, PromptSet("set", Counts(4, 4)), store).counts.dropped)
 
-    parts = [(Held(0, 8, name_part(store, rows, 4)), rows.tolist()) for rows in (pilot, others)]
-    assert refusals(parts) == {"refused: too long": 2}
-    assert refusals([(Held(0, 2), [0, 1, 2, 3])]) == {"refused: too long": 2}
+def test_refusals_are_counted_in_every_file_and_once_per_prompt(store: Store) -> None:
+    pilot, others = [1], [0, 2, 3]
+    parts = [(Held(0, 8, name_part(store, np.array(rows), 4)), rows, [1, 3]) for rows in (pilot, others)]
+    assert refusals(store, parts) == {"refused: too long": 2}
+    assert refusals(store, [(Held(0, 2), [0, 1, 2, 3], [1, 3])]) == {"refused: too long": 2}
+
+
+def test_prompts_that_are_refused_for_later_samples_only_are_counted_too(store: Store) -> None:
+    """An engine may die over a prompt when more samples of it are asked for."""
+    every = [0, 1, 2, 3]
+    assert refusals(store, [(Held(0, 4), every, [3]), (Held(4, 8), every, [2, 3])]) == {"refused: too long": 2}
+    with pytest.raises(RunError, match="2 of 4 prompts were refused by 'g', more than max_refused 25%"):
+        refusals(store, [], most=0.25)

@@ -67,21 +67,39 @@ def test_a_damaged_file_is_named_and_once_removed_is_the_only_one_made_again(
     assert [path for path in after if path not in before and path.startswith(stages)] == [name]
 
 
-def test_rewards_of_texts_that_are_answered_otherwise_now_are_told(fake_run: Curated, tmp_path: Path) -> None:
-    """As an engine may that makes a removed file again."""
-    store = copy_store(fake_run.store, tmp_path / "store")
-    for folder in ("pairs", "subsets"):
-        shutil.rmtree(Path(store.url) / folder)
+def answered_otherwise(store: Store) -> str:
+    """A file of completions that an engine made again, with other texts; returns its path."""
     (path, *_) = store.list("completions")
     table = store.read_table(path)
     digests = [[digest + 1 for digest in row] for row in table["text_digests"].to_pylist()]
     column = table.schema.get_field_index("text_digests")
     store.remove_file(path)
     store.create_table(path, table.set_column(column, table.field(column), pa.array(digests, table.field(column).type)))
+    return path
+
+
+def test_rewards_of_texts_that_are_answered_otherwise_now_are_told(fake_run: Curated, tmp_path: Path) -> None:
+    store = copy_store(fake_run.store, tmp_path / "store")
+    for folder in ("pairs", "subsets"):
+        shutil.rmtree(Path(store.url) / folder)
+    path = answered_otherwise(store)
     with pytest.raises(RunError, match=rf"rewards/.* rates other texts than those of {path} now; remove it and run"):
         curate_stages(fake_run.config, store)
     for rewards in Path(store.url).glob(f"rewards/*/{path.removeprefix('completions/')}"):
         rewards.unlink()
+    assert curate_stages(fake_run.config, store).versions
+
+
+def test_pairs_of_texts_that_are_answered_otherwise_now_are_told(fake_run: Curated, tmp_path: Path) -> None:
+    """Also where their rewards were made again, which the table of pairs does not show by its name."""
+    store = copy_store(fake_run.store, tmp_path / "store")
+    shutil.rmtree(Path(store.url) / "subsets")
+    path = answered_otherwise(store)
+    for rewards in Path(store.url).glob(f"rewards/*/{path.removeprefix('completions/')}"):
+        rewards.unlink()
+    with pytest.raises(RunError, match=rf"{path} has other texts now than pairs/\w+ was made of; remove that and run"):
+        curate_stages(fake_run.config, store)
+    shutil.rmtree(Path(store.url) / "pairs")
     assert curate_stages(fake_run.config, store).versions
 
 

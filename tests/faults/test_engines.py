@@ -203,3 +203,68 @@ def test_a_request_that_was_not_asked_is_not_blamed_for_what_the_one_before_did(
     assert [type(ended) for ended in asyncio.run(ask())] == [EngineDied, EngineDied]
     blamed = [request for request in "abcd" if any(name_of([request]) in note for note in store.list("faults/run"))]
     assert len(blamed) == 1
+
+
+class Picky:
+    """An engine that dies over one request, after a moment, and answers with what it is asked."""
+
+    def __init__(self, dies_over: str, closes: bool = True) -> None:
+        self.dies_over, self.closes, self.asked = dies_over, closes, dict[int, str]()
+
+    def add(self, key: int, request: str) -> None:
+        self.asked[key] = request
+
+    def step(self) -> list[tuple[int, str]]:
+        time.sleep(0.3)
+        if self.dies_over in self.asked.values():
+            raise RuntimeError(f"made to fail at {self.dies_over!r}")
+        answers, self.asked = list(self.asked.items()), {}
+        return answers
+
+    def close(self) -> None:
+        if not self.closes:
+            raise RuntimeError("failed once more")
+
+
+def test_what_is_asked_alone_is_asked_with_nothing_beside_it(store: Store) -> None:
+    """Not what is handed in just before either: of two shards with notes, one without comes between."""
+    for batch in (["d"], ["b"]):
+        Faults(store, "run").begin(name_of(batch))
+
+    async def ask() -> list[Any]:
+        loop = EngineLoop(Picky("c"), Faults(store, "run"))
+
+        async def handed_in(one: str, after: float) -> list[Any]:
+            await asyncio.sleep(after)
+            return await loop.answers([one])
+
+        one_by_one = (handed_in(one, 0.1 * number) for number, one in enumerate("dcb"))
+        return await asyncio.gather(*one_by_one, return_exceptions=True)
+
+    alone, died, _ = asyncio.run(ask())
+    assert alone == ["d"]
+    assert isinstance(died, EngineDied)
+    assert [note for note in store.list("faults/run") if "refused" in note] == []
+
+
+def test_an_engine_that_cannot_even_be_closed_is_told_at_once_with_its_first_words(store: Store) -> None:
+    loop = EngineLoop(Picky("a", closes=False), Faults(store, "run"), deadline=20)
+    began = time.monotonic()
+    with pytest.raises(EngineDied, match="made to fail at 'a'"):
+        asyncio.run(loop.answers(["a"]))
+    assert time.monotonic() - began < 10
+
+
+def test_what_living_engines_are_asked_is_not_held_against_them(store: Store, monkeypatch: Any) -> None:
+    """The same by other actors, more than once by one, and nothing at all."""
+    monkeypatch.setattr("tasks.faults._actor", iter(["first", "second"]).__next__)
+    there, here = Faults(store, "run"), Faults(store, "run")
+    there.begin(name_of(["a"]))
+    loop = EngineLoop(Picky("b"), here)
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(loop.answers(["a"]), loop.answers(["a"]), loop.answers([]), loop.answers([]))
+
+    assert asyncio.run(ask()) == [["a"], ["a"], [], []]
+    assert loop.retries() == 0
+    assert len(store.list("faults/run")) == 1

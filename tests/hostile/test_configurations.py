@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from tasks.costs import SPENT, Speed, known_costs, known_speed, remember_cost, remember_speed
 from tasks.errors import ConfigError, RunError
 from tasks.job import Job
-from tasks.samples import Held, rows_of
+from tasks.samples import Held, name_part, rows_of
 from tasks.store import Store, to_json
 from tasks.versions import content_version, damage, fetch_version, find_version
 from tests.conftest import Command, copy_store, curate_values, files_below, prompts, write_jsonl
@@ -354,3 +355,17 @@ def test_rows_of_a_part_that_are_none_end_in_words(content: bytes, tmp_path: Pat
     store.create("prompts/rows/x.json", content)
     with pytest.raises(RunError, match=r"x\.json in .* is damaged"):
         rows_of(store)(Held(0, 1, "x"))
+
+
+def test_no_bit_of_the_rows_of_a_part_flips_unnoticed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    part = name_part(store, np.array([3, 5, 17, 42]), 64)
+    file = tmp_path / "prompts" / "rows" / f"{part}.json"
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << (bit % 8)
+        file.write_bytes(changed)
+        with contextlib.suppress(RunError):
+            rows = rows_of(store)(Held(0, 1, part))
+            assert rows is not None and rows.tolist() == [3, 5, 17, 42], changed
