@@ -166,11 +166,18 @@ def _interrupts() -> Iterator[threading.Event]:
 def _patiently(ask: Callable[[], Answer], job: str, address: str) -> Answer:
     """An answer, through times in which there is none."""
     import requests
+    from ray.exceptions import AuthenticationError
 
     since = time.monotonic()
     while True:
         try:
             return ask()
+        except AuthenticationError as error:
+            raise RunError(
+                f"job {job}: {address} does not take the token any more, and the job may still be running; "
+                f"{_TOKEN_ADVICE}, then run the same command to follow it again, or end it with "
+                f"`prefsieve cancel {job} --address {address}`"
+            ) from error
         except (requests.RequestException, RuntimeError) as error:
             if "status code 404" in str(error):
                 raise RunError(

@@ -18,7 +18,7 @@ import ray
 
 from flows import guard
 from flows.submit import run_flow, submit_flow
-from tasks.errors import Unreachable
+from tasks.errors import RunError, Unreachable
 from tests.conftest import curate_config
 from tests.services import free_ports
 
@@ -96,6 +96,17 @@ def test_a_job_whose_run_is_interrupted_while_it_is_submitted_is_stopped() -> No
             wait_for_stop(there)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_is_refused_in_mid_job_is_told_with_what_to_do(status: int) -> None:
+    with (
+        cluster("RUNNING", begins=["submitted"], refuses=status) as there,
+        pytest.raises(RunError, match="RAY_AUTH_TOKEN") as refused,
+    ):
+        submit_flow("curate", CONFIG, there.address)
+    assert f"--address {there.address}`" in str(refused.value)
+    assert "may still be running" in str(refused.value)
 
 
 # --- a dashboard
