@@ -16,18 +16,26 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _TRIES, _PAUSE, _TIMEOUT = 30, 10.0, 20.0  # seconds; a cluster's head may just be away
+_LATE = 7  # tries of these, a minute, for a job that was being submitted and is not there yet
+_ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 
 
 @contextlib.contextmanager
-def guarding(client: JobSubmissionClient, job: str) -> Iterator[None]:
-    """The job is stopped when this process is killed inside of the block, or interrupted."""
-    order = {"url": f"{client._address}/api/jobs/{job}/stop", "headers": client._headers}  # the token is among them
+def guarding(client: JobSubmissionClient, job: str, run: str) -> Iterator[None]:
+    """The job is stopped when this process is killed inside of the block, or interrupted, or raises Unreachable.
+
+    run: what the job's metadata must say for that, as another run may submit a job of that name meanwhile; empty for
+    any.
+    """
+    from tasks.errors import Unreachable  # which the program that this file is cannot import
+
+    order = {"url": f"{client._address}/api/jobs/{job}", "headers": client._headers, "run": run}  # with the token
     beside = subprocess.Popen(
         [sys.executable, "-I", __file__],
         stdin=subprocess.PIPE,
@@ -42,10 +50,12 @@ def guarding(client: JobSubmissionClient, job: str) -> Iterator[None]:
     try:
         yield
         _release(beside)
+    except Unreachable:  # the job may be there, or come yet
+        raise
     except Exception:  # the job has ended, or cannot be reached
         _release(beside)
         raise
-    finally:  # interrupted: it goes on by itself, for as long as nobody answers
+    finally:  # without a release it goes on by itself, for as long as nobody answers
         with contextlib.suppress(OSError):
             beside.stdin.close()
 
@@ -61,17 +71,41 @@ def main() -> None:
     order = json.loads(sys.stdin.readline() or "null")
     if not order or sys.stdin.readline():
         return
-    request = urllib.request.Request(order["url"], data=b"", headers=order["headers"], method="POST")
+    end(**order)
+
+
+def end(url: str, headers: dict[str, str], run: str) -> None:
+    """Stop the job, through times in which nobody answers, and one that comes to be only now."""
+    late = 0
     for _ in range(_TRIES):
         try:
-            urllib.request.urlopen(request, timeout=_TIMEOUT).close()
-            return
-        except urllib.error.HTTPError as error:
-            if error.code < 500:  # the job never came to be, or the token is another by now
+            if _has_its_end(url, headers, run):
                 return
-        except (OSError, http.client.HTTPException):
+            late += 1
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                late += 1
+            elif error.code < 500:  # the token is another by now
+                return
+        except (OSError, http.client.HTTPException, ValueError):
             pass
+        if late == _LATE:
+            return
         time.sleep(_PAUSE)
+
+
+def _has_its_end(url: str, headers: dict[str, str], run: str) -> bool:
+    """Whether the job has ended, is told to, or is another run's; one that just begins has nothing yet to be told."""
+    job = _ask("GET", url, headers)
+    if job["status"] in _ENDED or (run and (job.get("metadata") or {}).get("run") != run):
+        return True
+    return bool(_ask("POST", f"{url}/stop", headers)["stopped"])
+
+
+def _ask(method: str, url: str, headers: dict[str, str]) -> dict[str, Any]:
+    request = urllib.request.Request(url, headers=headers, method=method)
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+        return dict(json.load(answer))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.errors import ConfigError, RunError
+from tasks.errors import ConfigError, RunError, Unreachable
 from tasks.urls import shown
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def explained(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise ConfigError(f"--address {address}: the cluster asks for its token; {_TOKEN_ADVICE}") from error
+    except RunError:  # is a RuntimeError, and says it already
+        raise
     except (requests.RequestException, ConnectionError) as error:
         raise ConfigError(
             f"--address {address}: no Ray dashboard answers there; check host and port (8265 by default), and that "
@@ -99,6 +101,14 @@ def attempts(client: JobSubmissionClient, name: str) -> dict[int, JobDetails]:
 def running(client: JobSubmissionClient, name: str) -> JobDetails | None:
     """The attempt that goes on."""
     return next((job for job in attempts(client, name).values() if not has_ended(job)), None)
+
+
+def is_known(client: JobSubmissionClient, job: str, address: str) -> bool:
+    """Whether the cluster has the job, ended or not. Raises Unreachable when nobody tells."""
+    try:
+        return any(info.submission_id == job for info in _patiently(client.list_jobs, job, address))
+    except RunError as error:
+        raise Unreachable(str(error)) from error
 
 
 def follow(client: JobSubmissionClient, job: str, address: str) -> tuple[JobDetails, str]:
@@ -156,16 +166,23 @@ def _interrupts() -> Iterator[threading.Event]:
 def _patiently(ask: Callable[[], Answer], job: str, address: str) -> Answer:
     """An answer, through times in which there is none."""
     import requests
+    from ray.exceptions import AuthenticationError
 
     since = time.monotonic()
     while True:
         try:
             return ask()
+        except AuthenticationError as error:
+            raise RunError(
+                f"job {job}: {address} does not take the token any more, and the job may still be running; "
+                f"{_TOKEN_ADVICE}, then run the same command to follow it again, or end it with "
+                f"`prefsieve cancel {job} --address {address}`"
+            ) from error
         except (requests.RequestException, RuntimeError) as error:
             if "status code 404" in str(error):
                 raise RunError(
-                    f"job {job} is not known at {address} any more: the cluster was started anew; run the same command "
-                    "to go on"
+                    f"job {job} is not known at {address}: the cluster was started anew, or the job never came to be; "
+                    "run the same command to go on"
                 ) from error
             if time.monotonic() - since > _LOST:
                 raise RunError(

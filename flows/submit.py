@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import os
+import secrets
 import shlex
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import yaml
 from flows import guard, jobs
 from tasks.cluster import code
 from tasks.config import DEFAULT_STORE, RunConfig, is_local_path
-from tasks.errors import ConfigError, RunError
+from tasks.errors import ConfigError, RunError, Unreachable
 from tasks.urls import without_secrets
 
 if TYPE_CHECKING:
@@ -69,10 +70,11 @@ def run_flow(flow: str, config: RunConfig, address: str) -> dict[str, Any]:
     """As `submit_flow`, but the job ends with this process, and with whatever interrupts it."""
     wanted, client = prepared(flow, config), jobs.connect(address)
     job, runs = _attempt(client, wanted, address)
-    with guard.guarding(client, job):
+    run = "" if runs else secrets.token_hex(8)
+    with guard.guarding(client, job, run):
         try:
             if not runs:
-                _start(client, wanted, job, address)
+                _start(client, wanted, job, address, run)
             print(f"job {job} at {address}", file=sys.stderr)
             return _result(*jobs.follow(client, job, address))
         except BaseException as error:
@@ -201,8 +203,13 @@ def _attempt(client: JobSubmissionClient, wanted: Job, address: str) -> tuple[st
     return f"{wanted.name}-{max(known) + 1}" if known else wanted.name, False
 
 
-def _start(client: JobSubmissionClient, wanted: Job, job: str, address: str) -> None:
-    """Submit it, unless somebody else is faster: theirs has the same name, and does the same."""
+def _start(client: JobSubmissionClient, wanted: Job, job: str, address: str, run: str = "") -> None:
+    """Submit it, unless somebody else is faster: theirs has the same name, and does the same.
+
+    run: of whom the job is to say that it is. Raises Unreachable when the job may be there, or come yet.
+    """
+    import requests
+
     with tempfile.TemporaryDirectory() as folder, jobs.explained(address):
         Path(folder, "config.yaml").write_text(wanted.config, encoding="utf-8")
         env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(_LEAVE)}
@@ -211,10 +218,17 @@ def _start(client: JobSubmissionClient, wanted: Job, job: str, address: str) -> 
                 entrypoint=wanted.command,
                 submission_id=job,
                 runtime_env={"working_dir": folder, "env_vars": env_vars, **code()},
+                metadata={"run": run} if run else None,
             )
-        except RuntimeError:
-            if _attempt(client, wanted, address) != (job, True):
+        except (requests.RequestException, RuntimeError) as error:
+            if jobs.is_known(client, job, address):
+                return
+            if isinstance(error, RuntimeError):
                 raise
+            raise Unreachable(
+                f"job {job}: {address} did not answer when it was submitted; run the same command again, which follows "
+                "the job where it is there by then"
+            ) from error
 
 
 def _result(info: JobDetails, log: str) -> dict[str, Any]:

@@ -13,10 +13,8 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
@@ -25,7 +23,6 @@ import httpx
 import pytest
 import yaml
 
-from flows import guard
 from tasks.store import Store
 from tests.conftest import curate_values, generator, prompts, scorer, write_jsonl
 from tests.faults.relay import relay
@@ -35,7 +32,6 @@ from tests.services import (
     ROOT,
     RayHead,
     environment,
-    free_ports,
     prefect_worker,
     prefsieve,
     ray_head,
@@ -304,33 +300,6 @@ def test_a_worker_that_its_service_ends_ends_the_job_that_its_run_follows(
             wait_until(lambda: not processes(worker), seconds=15)
         kill(processes(worker))
         nothing_is_left(cluster)
-
-
-def test_a_guard_goes_on_while_nobody_answers_and_nobody_ends_it() -> None:
-    stopped: list[tuple[str, str | None]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            stopped.append((self.path, self.headers["Authorization"]))
-            self.send_response(503 if len(stopped) == 1 else 200)
-            self.end_headers()
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-    (port,) = free_ports(1)
-    order = {"url": f"http://127.0.0.1:{port}/api/jobs/x/stop", "headers": {"Authorization": "Bearer t"}}
-    beside = subprocess.Popen([sys.executable, "-I", guard.__file__], stdin=subprocess.PIPE, text=True)
-    assert beside.stdin
-    beside.stdin.write(f"{json.dumps(order)}\n")
-    beside.stdin.close()
-    time.sleep(2)
-    beside.terminate()
-    with HTTPServer(("127.0.0.1", port), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert beside.wait(60) == 0
-        server.shutdown()
-    assert stopped == [("/api/jobs/x/stop", "Bearer t")] * 2
 
 
 def test_after_all_that_the_same_command_does_what_is_missing_and_publishes_the_same_version(
