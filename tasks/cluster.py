@@ -67,8 +67,8 @@ _WORKER_ENVIRONMENT = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PRE
 def connect(address: str = "local") -> Any:
     """Ray, started or joined on first use and kept until `disconnect`.
 
-    `local` starts Ray on this machine; `auto`, or HOST:PORT, joins a cluster, and takes the code along. A process that
-    has Ray keeps it. Raises ConfigError when there is no cluster, or it refuses the token.
+    `local` starts Ray on this machine, on loopback; `auto`, or HOST:PORT, joins a cluster, and takes the code along. A
+    process that has Ray keeps it. Raises ConfigError when there is no cluster, or it refuses the token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data makes the core log an error per pool
@@ -93,7 +93,8 @@ def connect(address: str = "local") -> Any:
             options["runtime_env"] |= code()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        with _on_loopback() if address == "local" else contextlib.nullcontext():
+            ray.init(**options)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise ConfigError(
             f"ray_address: no Ray cluster at {address!r}, or it wants a token; start one with `ray start --head`, use "
@@ -103,6 +104,19 @@ def connect(address: str = "local") -> Any:
         if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray took it over; Prefect ends and cancels runs by it
     return ray
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """What Ray starts in here listens on loopback alone, as it always does on macOS; elsewhere on every interface."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _say(message: dict[str, Any], ignore_prefix: bool) -> None:

@@ -24,6 +24,7 @@ from tasks.versions import content_version, damage, fetch_version, find_version
 from tests.conftest import Command, copy_store, curate_values, files_below, prompts, write_jsonl
 from tests.hostile.corpus import TEXTS, HostileConfiguration, hostile_configurations
 from tests.hostile.test_rows import publish_import
+from tests.services import ROOT
 
 
 @pytest.fixture
@@ -53,6 +54,61 @@ def test_a_hostile_configuration_ends_with_status_2_and_one_message(
     there = files_below(place.parent)
     new = {path for path in there if path not in before and not path.startswith("here/store/")}
     assert not new and {path: there[path] for path in before} == before
+
+
+ESCAPES = ["../../evil", "/tmp/evil", "..", ".", "a/b", "a\\..\\b", "top@../x", "~", "top\n", "", 5]
+NAMED = {
+    "tinyworld/curate": ["subset.0.name", "pair.0.name", "generate.generators.0.name", "score.scorers.0.name"],
+    "tinyworld/train": ["name", "subset"],
+    "tinyworld/evaluate": ["evaluate.policy", "generate.generators.0.name"],
+    "experiments/pvar": ["name", "subsets.0", "curate.subset.0.name"],
+}
+
+
+@pytest.mark.parametrize(("config", "field"), [(config, field) for config, fields in NAMED.items() for field in fields])
+def test_no_name_of_anything_in_a_configuration_is_a_path(config: str, field: str, cli: Command, place: Path) -> None:
+    kind, name = config.split("/")
+    flow = name if kind == "tinyworld" else "experiment"
+    (place / "c.yaml").write_bytes((ROOT / "configs" / f"{config}.yaml").read_bytes())
+    before = files_below(place.parent)
+    for value in ESCAPES:
+        status, out, err = cli(flow, "c.yaml", "--set", f"{field}={json.dumps(value)}", "--json")
+        assert (status, out) == (2, ""), value
+        assert err.startswith("prefsieve: ") and field in err, (value, err)
+    assert files_below(place.parent) == before
+
+
+@pytest.mark.parametrize("wanted", ["policy:../../x", "policy:x@../y", "policy:/etc", "policy:.."])
+def test_no_training_starts_from_a_policy_outside_the_store(
+    wanted: str, cli: Command, shelf: Store, place: Path
+) -> None:
+    (place / "c.yaml").write_bytes((ROOT / "configs" / "tinyworld" / "train.yaml").read_bytes())
+    before = files_below(place.parent), files_below(Path(shelf.url))
+    changes = ("--set", f"store={shelf.url}", "--set", "subset=top", "--set", f"policy.model={wanted}")
+    status, out, err = cli("train", "c.yaml", *changes, "--json")
+    assert (status, out) == (2, "") and "policy" in err and wanted.removeprefix("policy:") in err, err
+    assert (files_below(place.parent), files_below(Path(shelf.url))) == before
+
+
+@pytest.mark.parametrize(
+    "url", ["../beside", "../here/../beside", "{tmp}/beside", "file://{tmp}/beside", "./a/../../beside"]
+)
+def test_a_store_elsewhere_is_written_there_and_nowhere_else(url: str, place: Path) -> None:
+    """A folder may be anywhere: who runs it says where."""
+    rows = [{"prompt": f"p{i}", "text": f"t{j}", "score": i * j} for i in range(4) for j in range(2)]
+    (place / "prompts.jsonl").unlink()
+    write_jsonl(place / "source" / "p.jsonl", rows)
+    before = files_below(place.parent)
+    values = {
+        "store": url.format(tmp=place.parent),
+        "import": {"source": "source/p.jsonl", "ratings": [{"name": "score"}]},
+        "subset": [{"name": "top", "steps": [{"rank": "pvar", "fraction": 0.5}]}],
+    }
+    published = publish_import(values)
+    assert (place.parent / "beside" / published / "manifest.json").is_file()
+    new = {path for path in files_below(place.parent) if path not in before}
+    assert new and all(path.startswith("beside/") for path in new)
+    assert sorted(path.name for path in place.parent.iterdir()) == ["beside", "here"]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from flows.cli import main
 from tasks.errors import ConfigError, RunError
 from tasks.imports import import_
 from tasks.ingest import ingest, read_shard, shards_of
-from tasks.records import PromptSet
+from tasks.records import PromptSet, Rewards
 from tasks.rows import BadRow
 from tasks.sections import ImportConfig, IngestConfig
 from tasks.sources import read_rows
@@ -83,11 +83,15 @@ def test_a_hostile_row_is_kept_as_it_is_or_quarantined_with_a_reason(row: Hostil
     assert [one["reason"] for one in bad] in [[reason] if reason else [] for reason in row.reasons]
     assert all(len(one["excerpt"]) <= 500 for one in bad)
     if not bad and found.counts.out == 2:
-        given = json.loads(row.line)["prompt"]
+        given = json.loads(row.line)
         [shard] = shards_of(store, found)
-        kept = read_shard(store, shard["digest"]).to_pylist()[0]["messages"]
-        expected = [{"role": "user", "content": given}] if isinstance(given, str) else given
-        assert kept == [{"role": one["role"], "content": one["content"]} for one in expected]
+        kept = read_shard(store, shard["digest"]).to_pylist()[0]
+        expected = (
+            [{"role": "user", "content": given["prompt"]}] if isinstance(given["prompt"], str) else given["prompt"]
+        )
+        assert kept["messages"] == [{"role": one["role"], "content": one["content"]} for one in expected]
+        assert kept["source"] == str(given.get("source") or "unknown")
+        assert json.loads(kept["fields"]) == {"answer": given["answer"]}
 
 
 def test_all_hostile_rows_in_one_file_are_counted_one_by_one(place: Path) -> None:
@@ -96,6 +100,37 @@ def test_all_hostile_rows_in_one_file_are_counted_one_by_one(place: Path) -> Non
     bad = [row for row in rows if "" not in row.reasons]
     assert found.counts.into == len(rows) + 1
     assert len(quarantined(store)) >= len(bad)
+
+
+def imported(store: Store, found: Rewards) -> Iterator[tuple[str, str, str, float | None, str | None]]:
+    """Prompt, author, text, rating and why there is none, of each completion."""
+    [shard] = shards_of(store, found.completions.prompts)
+    [texts] = [store.read_table(path).to_pylist() for path in store.list("completions")]
+    rated = [row for path in store.list("rewards") for row in store.read_table(path).to_pylist()]
+    for i, (prompt, row) in enumerate(zip(read_shard(store, shard["digest"]).to_pylist(), texts, strict=True)):
+        none = {"rewards": [None] * len(row["texts"]), "reasons": ["of no row"] * len(row["texts"])}
+        by = rated[i] if rated else none
+        for one in zip(row["generators"], row["texts"], by["rewards"], by["reasons"], strict=True):
+            yield prompt["messages"][-1]["content"], *one
+
+
+def leaves(value: Any) -> list[Any]:
+    """All values inside one that are neither lists nor mappings; also of one that is nested too deeply to recurse."""
+    found, left = [], [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, list | dict):
+            left += one if isinstance(one, list) else one.values()
+        else:
+            found.append(one)
+    return found
+
+
+def number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 @pytest.mark.parametrize(
@@ -108,20 +143,35 @@ def test_hostile_completions_are_imported_as_they_are_or_quarantined(
 ) -> None:
     """One by one, behind a good row of the same form, each into a store of its own."""
     forms = {
-        "text": b'{"prompt": "q", "generator": "g", "text": "good", "score": 2}\n',
-        "completion": b'{"prompt": "q", "completions": [{"text": "good", "score": 3}]}\n',
-        "chosen": b'{"prompt": "q", "chosen": "good", "rejected": "bad", "score_chosen": 1}\n',
+        "text": (b'{"prompt": "q", "generator": "g", "text": "good", "score": 2}\n', ["good"]),
+        "completion": (b'{"prompt": "q", "completions": [{"text": "good", "score": 3}]}\n', ["good"]),
+        "chosen": (b'{"prompt": "q", "chosen": "good", "rejected": "bad", "score_chosen": 1}\n', ["good", "bad"]),
     }
     for i, row in enumerate(rows):
         kind = "completion" if b"completions" in row.line else "chosen" if b"chosen" in row.line else "text"
+        good, texts = forms[kind]
         folder = tmp_path / str(i)
         folder.mkdir()
-        (folder / "p.jsonl").write_bytes(forms[kind] + row.line + b"\n")
+        (folder / "p.jsonl").write_bytes(good + row.line + b"\n")
         store = Store(folder / "store")
         values = {"source": str(folder / "p.jsonl"), "max_quarantined": 1, **config}
         found = import_(ImportConfig.model_validate(values), store)
-        counts = found.completions.counts
-        assert counts.into >= 2 and counts.out >= 1, row.name
+        kept, bad = list(imported(store, found)), quarantined(store)
+        assert [text for prompt, _, text, *_ in kept if prompt == "q"] == texts, row.name
+        mine = [one for one in kept if one[0] != "q"]
+        assert all(one["row"] == 2 and one["reason"] for one in bad), row.name
+        assert mine or bad, row.name
+        if mine:
+            values = json.loads(row.line)
+            several = values.get("completions", values.get("text"))
+            number_of = len(several) if isinstance(several, list) else 2 if kind == "chosen" else 1
+            assert bad or len(mine) == number_of, row.name
+            given = leaves(values)
+            names = {"unknown", "chosen", "rejected", *map(str, given)}
+            for prompt, author, text, rating, reason in mine:
+                assert (prompt == "p" and text in given) or prompt + text in given, row.name
+                assert author in names, row.name
+                assert rating in map(number, given) if reason is None else rating is None and reason, row.name
         assert sorted(path.name for path in folder.iterdir()) == ["p.jsonl", "store"], row.name
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+import io
+import ipaddress
 import json
 import logging
 import os
@@ -17,10 +20,14 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -37,7 +44,7 @@ from tasks.training import PolicyConfig
 from tasks.urls import holds_secret
 from tests.conftest import Command, TinyModels, curate_values, prompts, scorer, write_jsonl
 from tests.hostile.corpus import TEXTS
-from tests.services import ROOT, environment, judge_endpoint, prefsieve
+from tests.services import PATIENCE, ROOT, SeaweedFS, environment, judge_endpoint, prefsieve, seaweedfs
 
 NAMES = ["factuality", "strategy_coherence", "step_coherence", "numerical_precision", "signal_to_noise"]
 
@@ -517,19 +524,62 @@ def command_lines() -> bytes:
     return b"\n".join(found)
 
 
-def asked(api: str, what: str) -> str:
-    """Everything of a kind that the Prefect server keeps."""
-    request = urllib.request.Request(f"{api}/{what}/filter", b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return str(answer.read().decode())
+def asked(api: str, what: str, **filters: Any) -> list[dict[str, Any]]:
+    """Everything of a kind that the Prefect server keeps, page by page."""
+    found: list[dict[str, Any]] = []
+    while True:
+        body = json.dumps({**filters, "limit": 200, "offset": len(found)}).encode()
+        request = urllib.request.Request(f"{api}/{what}/filter", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            page = json.load(answer)
+        found += page
+        if len(page) < 200:
+            return found
+
+
+def of_run(api: str, run: str) -> dict[str, bytes]:
+    """What the Prefect server keeps of a run. Task runs come there a moment late."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        found = {
+            what: asked(api, what, **filters)
+            for what, filters in {
+                "flow_runs": {"flow_runs": {"id": {"any_": [run]}}},
+                "task_runs": {"flow_runs": {"id": {"any_": [run]}}},
+                "logs": {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"},
+                "artifacts": {"flow_runs": {"id": {"any_": [run]}}},
+            }.items()
+        }
+        if all(task["state_type"] == "COMPLETED" for task in found["task_runs"]) or time.monotonic() > deadline:
+            return {what: json.dumps(all_of_it).encode() for what, all_of_it in found.items()}
+        time.sleep(0.5)
+
+
+def texts_of(path: str, content: bytes) -> bytes:
+    """A file's bytes; tables are compressed, so as their rows."""
+    return repr(pq.read_table(io.BytesIO(content)).to_pylist()).encode() if path.endswith(".parquet") else content
+
+
+@pytest.fixture
+def s3(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[SeaweedFS]:
+    """This process may use it, too."""
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()
+        yield server
+        fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_no_secret_reaches_a_log_a_manifest_prefect_ray_or_the_arguments_of_a_process(
-    prefect_api: str, tmp_path: Path
+    prefect_api: str, s3: SeaweedFS, tmp_path: Path
 ) -> None:
-    """A whole run with a judge that wants a key, looked at from every side while it goes on and afterwards."""
-    names = ("JUDGE_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "OPENAI_API_KEY")
-    kept = {name: secrets.token_hex(32) for name in names}
+    """A whole run on S3 with two judges that want a key each, looked at from every side, also while it goes on.
+
+    Wherever it is looked, something is there to be found. Two of the six lie idle: HF_TOKEN and WANDB_API_KEY.
+    """
+    names = ("JUDGE_KEY", "OPENAI_API_KEY", "RAY_AUTH_TOKEN", "HF_TOKEN", "WANDB_API_KEY")
+    kept = {**{name: secrets.token_hex(32) for name in names}, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
     during: list[bytes] = []
 
     def rate(data: dict[str, Any], before: int) -> str:
@@ -539,16 +589,20 @@ def test_no_secret_reaches_a_log_a_manifest_prefect_ray_or_the_arguments_of_a_pr
 
     session = Path(tempfile.mkdtemp(prefix="psray", dir="/tmp"))  # Ray's sockets need a short path
     write_jsonl(tmp_path / "prompts.jsonl", prompts(8))
+    store = Store(f"s3://{s3.bucket}/secrets")
     try:
-        with judge_endpoint(rate, key=kept["JUDGE_KEY"]) as endpoint:
-            judge = {"base_url": endpoint.url, "api_key_env": "JUDGE_KEY"}
-            judged = scorer("judge", type="judge", engine="openai", model="judge-1", judge=judge)
-            values = curate_values(
-                tmp_path / "prompts.jsonl", score={"scorers": [judged]}, store=str(tmp_path / "store")
-            )
+        with (
+            judge_endpoint(rate, key=kept["JUDGE_KEY"]) as one,
+            judge_endpoint(rate, key=kept["OPENAI_API_KEY"], models=["judge-2"]) as other,
+        ):
+            judges = [
+                scorer(model, type="judge", engine="openai", model=model, judge={"base_url": url, "api_key_env": key})
+                for model, url, key in (("judge-1", one.url, "JUDGE_KEY"), ("judge-2", other.url, "OPENAI_API_KEY"))
+            ]
+            values = curate_values(tmp_path / "prompts.jsonl", score={"scorers": judges}, store=store.url)
             (tmp_path / "curate.yaml").write_text(yaml.safe_dump(values))
             env = environment(
-                **kept,
+                **{**s3.environment(), **kept},
                 PREFECT_API_URL=prefect_api,
                 PREFECT_HOME=str(tmp_path / "prefect"),
                 RAY_TMPDIR=str(session),
@@ -557,14 +611,14 @@ def test_no_secret_reaches_a_log_a_manifest_prefect_ray_or_the_arguments_of_a_pr
             )
             done = prefsieve("curate", tmp_path / "curate.yaml", "--json", env=env)
         assert done.returncode == 0, done.stderr
-        assert during and endpoint.asked
+        assert one.asked and other.asked
+        [run] = [run["id"] for run in asked(prefect_api, "flow_runs") if str(tmp_path) in json.dumps(run)]
         shown = {
-            "output": (done.stdout + done.stderr).encode(),
+            "output": done.stdout.encode(),
+            "errors": done.stderr.encode(),
             "arguments": b"".join(during),
-            **{
-                what: asked(prefect_api, what).encode()
-                for what in ("flow_runs", "task_runs", "logs", "artifacts", "deployments")
-            },
+            **of_run(prefect_api, run),
+            **{f"store/{path}": texts_of(path, store.read(path)) for path in store.list("")},
             **{
                 str(path): path.read_bytes()
                 for folder in (tmp_path, session)
@@ -572,8 +626,21 @@ def test_no_secret_reaches_a_log_a_manifest_prefect_ray_or_the_arguments_of_a_pr
                 if path.is_file()
             },
         }
-        assert b"judge-1" in shown["flow_runs"], "the parameters are there to be looked at"
-        assert sum(name.startswith(str(session)) for name in shown) > 5
+        for what, there in {
+            "output": '"subsets"',
+            "errors": "Finished in state Completed()",
+            "arguments": f"{tmp_path}/curate.yaml",
+            "flow_runs": "judge-1",
+            "task_runs": '"name": "publish"',
+            "logs": "publish: 2/2 rows",
+            "artifacts": "curate-report",
+            "store/fingerprints/": "judge-2",
+            "store/prompts/shards/": "what is 1 plus 1",
+            "store/rewards/": "factuality",
+            "store/subsets/top/": "judge-1",
+            f"{session}/ray/session_": f"{tmp_path}/cache",  # an environment that Ray gives its workers
+        }.items():
+            assert any(there.encode() in shown[name] for name in shown if name.startswith(what)), what
         for name, secret in kept.items():
             holding = [what for what, content in shown.items() if secret.encode() in content]
             assert not holding, name
@@ -586,25 +653,66 @@ def test_no_secret_reaches_a_log_a_manifest_prefect_ray_or_the_arguments_of_a_pr
 JOIN = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
 
 
-def test_a_ray_that_was_started_here_takes_nobody_without_its_token(local_ray: Any, tmp_path: Path) -> None:
-    """Ray listens on every interface; its token lies in the home of who started it."""
+def test_a_ray_that_was_started_here_takes_nobody_without_its_token(local_ray: Any) -> None:
+    """The token lies in the home of who started it."""
     address = local_ray.get_runtime_context().gcs_address
-    done = subprocess.run(
-        [sys.executable, "-c", JOIN, address],
-        env=environment(HOME=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "ConnectionError" in done.stderr or "Authentication" in done.stderr
+    here = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else 127.0.0.1 is made this machine's other address
+    keys = {"its own": {"RAY_AUTH_MODE": "token"}, "none": {}}
+    keys["another"] = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    joining = {
+        key: subprocess.Popen(
+            [sys.executable, "-c", JOIN, address], env=environment(**here, **about), stderr=subprocess.PIPE, text=True
+        )
+        for key, about in keys.items()
+    }
+    said = {key: process.communicate(timeout=200)[1] for key, process in joining.items()}
+    assert joining["its own"].returncode == 0, said["its own"]
+    for key in ("none", "another"):
+        assert joining[key].returncode != 0 and "InvalidAuthToken" in said[key], said[key]
 
 
-def test_prefects_own_server_listens_on_loopback() -> None:
-    from prefect.settings import Settings
+def listening(process: psutil.Process) -> dict[tuple[str, str], str]:
+    """What a process and those it started listen on: address and port -> a process's arguments."""
+    found = {}
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            found |= {
+                (socket.laddr.ip, str(socket.laddr.port)): " ".join(one.cmdline())
+                for socket in one.net_connections("tcp")
+                if socket.status == psutil.CONN_LISTEN
+            }
+    return found
 
-    assert Settings().server.api.host == "127.0.0.1"
+
+def test_whatever_a_run_starts_here_listens_on_loopback(tmp_path: Path) -> None:
+    """Prefect's own server and Ray, looked at as long as a run goes on that is told of neither."""
+    (tmp_path / "curate.yaml").write_text(yaml.safe_dump(curate_values("prompts.jsonl", store="store")))
+    write_jsonl(tmp_path / "prompts.jsonl", prompts(8))
+    session = Path(tempfile.mkdtemp(prefix="psray", dir="/tmp"))
+    found: dict[tuple[str, str], str] = {}
+    try:
+        run = psutil.Popen(
+            [sys.executable, "-m", "flows.cli", "curate", "curate.yaml"],
+            env=environment(PREFECT_HOME=str(tmp_path / "prefect"), RAY_TMPDIR=str(session), PYTHONPATH=str(ROOT)),
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        while run.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                found |= listening(run)
+            time.sleep(0.5)
+        assert run.returncode == 0, run.stderr.read().decode()
+    finally:
+        shutil.rmtree(session, ignore_errors=True)
+    for name in ("prefect", "gcs_server", "raylet"):
+        assert any(name in by for by in found.values()), name
+    open_to_others = {
+        place: by
+        for place, by in found.items()
+        if not ipaddress.ip_address(place[0].removeprefix("::ffff:")).is_loopback
+    }
+    assert not open_to_others
 
 
 def test_every_claim_of_the_page_on_security_names_a_test_that_is_there() -> None:
