@@ -87,7 +87,7 @@ def end(url: str, headers: dict[str, str], run: str) -> None:
                 late += 1
             elif error.code < 500:  # the token is another by now
                 return
-        except (OSError, http.client.HTTPException, ValueError):
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):  # or what answers is no Ray
             pass
         if late == _LATE:
             return
