@@ -24,10 +24,10 @@ SHARDS = PROMPTS // SHARD
 
 
 def start(
-    configuration: Path, store: str | Path, env: dict[str, str], *more: str, flow: str = "curate"
+    configuration: Path, store: str | Path, env: dict[str, str], *more: str, flow: str = "curate", cwd: Path = ROOT
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "flows.cli", flow, str(configuration), "--store", str(store), "--json", *more]
-    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def report(run: subprocess.Popen[str]) -> dict[str, Any]:

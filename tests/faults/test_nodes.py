@@ -183,7 +183,10 @@ def test_curate_train_and_experiment_share_a_cluster(
     tmp_path: Path,
     store: Store,
 ) -> None:
-    """Engines of transformers, a training of two processes on two nodes, and an experiment on what was published."""
+    """Engines of transformers, a training of two processes on two nodes, and an experiment on what was published.
+
+    From a folder that is no source tree: where the nodes are on the same machine, Ray's processes look into it first.
+    """
     source = write_jsonl(tmp_path / "prompts.jsonl", prompts(16))
     policy = {"name": "policy", "model": str(tiny_models.generator), "sampling": {"max_tokens": 6}}
     reward = {"name": "reward", "model": str(tiny_models.reward)}
@@ -191,19 +194,19 @@ def test_curate_train_and_experiment_share_a_cluster(
     curated = {"ingest": ingest, "generate": {"samples": 4, "generators": [policy]}, "score": {"scorers": [reward]}}
     values = curate_values(source, **curated, subset=[{"name": "top", "steps": [{"rank": "pvar", "count": 8}]}])
     cluster.shipped()
-    made = report(start(write(tmp_path, values), store.url, env, *joining))
+    made = report(start(write(tmp_path, values), store.url, env, *joining, cwd=tmp_path))
     assert cluster.shipped()
     assert [row["pairs"] for row in made["subsets"]] == [8]
 
     model = {"model": str(tiny_models.generator), "workers": 2, "cpus": 2}
     training = write(tmp_path, {"name": "tuned", "subset": "top", "policy": model, "train": TRAIN}, "train")
-    run = start(training, store.url, env, *joining, flow="train")
+    run = start(training, store.url, env, *joining, flow="train", cwd=tmp_path)
     wait_for(lambda: all(processes(mark, TRAINING) for mark in cluster.marks), run)
     trained = {pid for mark in cluster.marks for pid in processes(mark, TRAINING)}
     assert report(run)["steps"] == 2
     assert trained <= cluster.shipped()
 
-    asked = {
+    wanted = {
         "name": "small",
         "subsets": ["top"],
         "seeds": 2,
@@ -216,7 +219,8 @@ def test_curate_train_and_experiment_share_a_cluster(
             "score": {"scorers": [reward]},
         },
     }
-    found = report(start(write(tmp_path, asked, "experiment"), store.url, env, *joining, flow="experiment"))
+    path = write(tmp_path, wanted, "experiment")
+    found = report(start(path, store.url, env, *joining, flow="experiment", cwd=tmp_path))
     assert [stage["out"] for stage in found["stages"] if stage["stage"] == "train"] == [4]
     assert cluster.shipped()
     assert cluster.left() == []
