@@ -68,6 +68,23 @@ def test_an_address_that_ray_cannot_be_found_at_is_refused(address: str) -> None
     assert "ray_address: give local, auto, HOST:PORT of a cluster to join, or http://HEAD:8265" in said
 
 
+@pytest.mark.parametrize(
+    ("gpus", "sizes", "words"),
+    [
+        (4, {"tensor_parallel_size": 2}, "gpus: 4, but tensor_parallel_size 2 x pipeline_parallel_size 1 takes 2"),
+        (2, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "takes 4; set gpus: 4"),
+        (3, {"pipeline_parallel_size": 2}, "takes 2; set gpus: 2"),
+        (0.5, {"tensor_parallel_size": 2}, "takes 2; set gpus: 2"),
+        (1.5, {}, "gpus: 1.5 is neither a part of one GPU nor a number of whole ones"),
+        (2, {"tensor_parallel_size": 0}, "whole numbers above 0"),
+        (2, {"pipeline_parallel_size": "2"}, "whole numbers above 0"),
+    ],
+)
+def test_a_model_in_parts_that_are_not_its_gpus_is_refused(gpus: float, sizes: dict[str, Any], words: str) -> None:
+    split = {"engine": "vllm", "model": "m", "gpus": gpus, "engine_args": sizes}
+    assert words in refusal(curate_with(generate={"generators": [generator(**split)]}))
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_configuration_is_accepted(path: Path) -> None:
     by_folder = {"import": ["curate"], "experiments": ["experiment"]}

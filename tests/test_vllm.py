@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -243,3 +244,29 @@ def test_weights_are_safetensors_and_code_of_models_is_off_unless_the_configurat
     config = GeneratorConfig(name="g", engine="vllm", model="m", dtype="float32")
     arguments = _arguments(config, "m", "generate")
     assert arguments["load_format"] == "safetensors" and arguments["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sizes", "parts"),
+    [
+        (0, {}, (1, 1)),
+        (0.5, {}, (1, 1)),
+        (2, {}, (2, 1)),
+        (2, {"pipeline_parallel_size": 2}, (1, 2)),
+        (4, {"pipeline_parallel_size": 2}, (2, 2)),
+        (4, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, (2, 2)),
+        (0, {"tensor_parallel_size": 2}, (2, 1)),
+    ],
+)
+def test_a_model_is_split_over_the_gpus_as_is_said_and_by_tensor_otherwise(
+    gpus: float, sizes: dict[str, int], parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.engines import vllm
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(vllm, "LLM", lambda **arguments: given.update(arguments) or MagicMock())
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # which is set otherwise, for good
+    vllm.VllmGenerator(
+        GeneratorConfig(name="g", engine="vllm", model="m", dtype="float32", gpus=gpus, engine_args=sizes), "m"
+    )
+    assert (given["tensor_parallel_size"], given["pipeline_parallel_size"]) == parts

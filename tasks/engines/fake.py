@@ -7,6 +7,9 @@ reward model return NaN. A fake judge goes by the same numbers as a fake reward 
 `{faults: FILE}` makes it fail as real engines do. The file, read at every request if it is there, is JSON: what part of
 a prompt does what, which is one of `raise`, `hang`, `exit` (the process is gone), `raise once`, `exit once` and
 `sleep SECONDS`; "" stands in every prompt, and `start` for the start of the engine.
+
+`{log: FILE}` makes generators and reward models say what they are asked: a line of JSON per request, which is a list of
+the engine's name, the prompt, and the first sample or the completion to rate.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class FakeGenerator:
 
     def _answer(self, request: GenerationRequest) -> Answer:
         prompt = " ".join(message["content"] for message in request.messages)
+        _log(self.config, prompt, request.first)
         _fail(self.config, prompt)
         samples = [self._sample(prompt, request.seed + request.first + i) for i in range(request.samples)]
         return Answer(prompt_tokens=len(prompt.split()), samples=samples)
@@ -76,7 +80,9 @@ class FakeRewardModel:
 
     def step(self) -> list[tuple[int, float]]:
         for _, request in self.queue:
-            _fail(self.config, " ".join(message["content"] for message in request.messages))
+            prompt = " ".join(message["content"] for message in request.messages)
+            _log(self.config, prompt, request.completion)
+            _fail(self.config, prompt)
         done = [(key, self._score(request.completion)) for key, request in self.queue]
         self.queue = []
         return done
@@ -123,6 +129,13 @@ class FakeJudge:
                 answer[name] = _GRADED[len(scale)][grade if ahead > 0 else -grade]
         words = sum(len(message["content"].split()) for message in request.messages)
         return Reply(json.dumps(answer), words, 2 * len(answer))
+
+
+def _log(config: GeneratorConfig | ScorerConfig, prompt: str, what: int | str) -> None:
+    """One write at the file's end: lines of several processes do not mix."""
+    if log := config.engine_args.get("log"):
+        with open(log, "ab", buffering=0) as file:
+            file.write(json.dumps([config.name, prompt, what]).encode() + b"\n")
 
 
 def _fail(config: GeneratorConfig | ScorerConfig, prompt: str) -> None:

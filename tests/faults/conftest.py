@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import yaml
 
@@ -30,11 +31,11 @@ def measured(record_property: Callable[[str, object], None]) -> Iterator[dict[st
 
 @pytest.fixture(scope="session")
 def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engines that take a tenth of a second per request."""
+    """Engines that take a tenth of a second per request, and note it in the file `log` beside the configuration."""
     folder = tmp_path_factory.mktemp("faults")
     source = write_jsonl(folder / "prompts.jsonl", prompts(PROMPTS))
     (folder / "faults.json").write_text(json.dumps({"": "sleep 0.1"}))
-    slow = {"engine_args": {"faults": str(folder / "faults.json")}}
+    slow = {"engine_args": {"faults": str(folder / "faults.json"), "log": str(folder / "log")}}
     values = curate_values(
         source,
         ingest={"source": str(source), "shard_size": SHARD},
@@ -44,6 +45,14 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "curate.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@pytest.fixture
+def log(configuration: Path, undisturbed: dict[str, Any]) -> Path:
+    """What engines of the shared configuration were asked from here on."""
+    file = configuration.with_name("log")
+    file.write_text("")
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +68,16 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
         yield server
 
 
+@pytest.fixture
+def buckets(s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL below which this process, too, reads stores on the S3 server; past the proxy."""
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield f"s3://{s3.bucket}"
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
 @pytest.fixture(scope="session")
 def _proxy(s3: SeaweedFS) -> Iterator[Proxy]:
     with proxy(s3.endpoint) as running:
@@ -68,7 +87,7 @@ def _proxy(s3: SeaweedFS) -> Iterator[Proxy]:
 @pytest.fixture
 def between(_proxy: Proxy) -> Iterator[Proxy]:
     """The proxy before the S3 server, which fails nothing until a test says so."""
-    _proxy.rule, _proxy.seen, _proxy.failed = (lambda method, path: None), [], []
+    _proxy.rule, _proxy.seen, _proxy.failed, _proxy.answered = (lambda method, path: None), [], [], []
     yield _proxy
     _proxy.rule = lambda method, path: None
 

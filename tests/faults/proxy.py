@@ -36,6 +36,15 @@ class Proxy:
     rule: Rule = lambda method, path: None
     seen: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    answered: list[tuple[str, str, int]] = field(default_factory=list)  # by the server, with its status
+
+    def puts(self, *folders: str) -> dict[str, list[int]]:
+        """What the server answered to the writes of each file below these folders of a store."""
+        found: dict[str, list[int]] = {}
+        for method, path, status in self.answered:
+            if method == "PUT" and any(f"/{folder}/" in path for folder in folders):
+                found.setdefault(path.partition("?")[0], []).append(status)
+        return found
 
 
 @contextlib.contextmanager
@@ -75,6 +84,7 @@ def proxy(upstream: str) -> Iterator[Proxy]:
                 connection.endheaders(body or None)
                 answer = connection.getresponse()
                 data = answer.read()
+                about.answered.append((self.command, self.path, answer.status))
             except OSError:
                 self._hang_up()
                 return

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ SHARDS = PROMPTS // SHARD
 
 
 def start(
-    configuration: Path, store: str | Path, env: dict[str, str], *more: str, flow: str = "curate"
+    configuration: Path, store: str | Path, env: dict[str, str], *more: str, flow: str = "curate", cwd: Path = ROOT
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "flows.cli", flow, str(configuration), "--store", str(store), "--json", *more]
-    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def report(run: subprocess.Popen[str]) -> dict[str, Any]:
@@ -49,10 +50,26 @@ def wait_for(ready: Callable[[], bool], run: subprocess.Popen[str], seconds: flo
         time.sleep(0.02)
 
 
-def finished(store: Store, *stages: str) -> dict[str, tuple[int, int, int]]:
-    """As `files_below`, of these stages, while a run goes on: what is half written has another name a moment later."""
-    files = {path: Path(store.url, path).stat() for stage in stages for path in store.list(stage)}
-    return {path: (about.st_size, about.st_mtime_ns, about.st_ino) for path, about in files.items()}
+def asked(store: Store, stage: str, log: Path) -> dict[str, int]:
+    """Each file of completions or of rewards, and how often engines were asked for what is in it.
+
+    log: of the fake engines, one per stage (tasks/engines/fake.py). That a file stays as it is would say nothing: the
+    store keeps the first that was written.
+    """
+    engine = {"completions": "policy", "rewards": "reward"}[stage]
+    requests = Counter(log.read_text().splitlines() if log.exists() else [])
+    times: Counter[str] = Counter()  # of a prompt: of that of its requests that was asked most often
+    for line, number in requests.items():
+        name, prompt, _ = json.loads(line)
+        if name == engine:
+            times[prompt] = max(times[prompt], number)
+    prompts = {
+        row["prompt_id"]: times[row["messages"][-1]["content"]]
+        for shard in store.list("prompts/shards")
+        for row in store.read_table(shard, ["prompt_id", "messages"]).to_pylist()
+    }
+    ids = {path: store.read_table(path, ["prompt_id"])["prompt_id"].to_pylist() for path in store.list(stage)}
+    return {path: max(prompts[one] for one in of) for path, of in ids.items()}
 
 
 def left_on(head: RayHead, seconds: float = 30) -> list[Any]:

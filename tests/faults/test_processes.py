@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tasks.cluster import IN_FLIGHT
 from tasks.store import Store
 from tests.faults.proxy import Proxy
-from tests.faults.runs import ENGINE, SHARDS, ended, finished, kill, made, next_file, processes, report, start, wait_for
+from tests.faults.runs import ENGINE, SHARDS, asked, ended, kill, made, next_file, processes, report, start, wait_for
 from tests.services import SeaweedFS, environment
 
 
@@ -28,24 +29,43 @@ def test_an_engine_that_is_killed_in_mid_shard_costs_that_shard(
     env: dict[str, str],
     mark: str,
     undisturbed: dict[str, Any],
-    store: Store,
+    log: Path,
+    s3: SeaweedFS,
+    buckets: str,
+    between: Proxy,
     measured: dict[str, Any],
 ) -> None:
-    run = start(configuration, store.url, env)
-    wait_for(lambda: len(store.list(stage)) >= 2, run)
-    before = finished(store, stage)
-    time.sleep(0.3)
-    engines = processes(mark, ENGINE)
-    assert len(engines) >= 1
-    kill(engines)
+    """It is killed when it has written a third file and does not know yet: that one is in hand, and finished."""
+    store = Store(f"{buckets}/killed-{stage}")
+    written: list[str] = []
+    before: list[str] = []
+    engines: list[int] = []
+
+    def rule(method: str, path: str) -> str | None:
+        if method != "PUT" or f"/{stage}/" not in path or engines:
+            return None
+        if path not in written:
+            written.append(path)
+            return "lost" if len(written) == 3 else None
+        before.extend(store.list(stage))
+        engines.extend(processes(mark, ENGINE))
+        kill(engines)
+        return "reset"
+
+    between.rule = rule
+    run = start(configuration, store.url, {**env, **s3.environment(), "AWS_ENDPOINT_URL": between.url})
+    wait_for(lambda: bool(engines), run)
     measured["next shard after seconds"] = next_file(store, stage, run)
-    found, log = ended(run)
+    found, said = ended(run)
+    assert len(before) >= 3
     assert found["subsets"] == undisturbed["subsets"]
-    after = finished(store, stage)
-    measured["finished shards made again"] = sum(after[path] != before[path] for path in before)
-    assert {path: after[path] for path in before} == before
+    times = asked(store, stage, log)
+    measured["shards made again"] = sum(number > 1 for number in times.values())
+    measured["finished shards made again"] = sum(times[path] > 1 for path in before)
+    assert len(times) == SHARDS and [times[path] for path in before] == [1] * len(before)
+    assert max(times.values()) <= 2 and 1 <= measured["shards made again"] <= IN_FLIGHT * len(engines)
     assert store.list("faults") == []
-    assert "what it had in hand goes to a fresh one" in log and "(raylet)" not in log
+    assert "what it had in hand goes to a fresh one" in said and "(raylet)" not in said
 
 
 def test_a_run_that_is_killed_goes_on_and_computes_only_what_is_missing(
@@ -53,6 +73,7 @@ def test_a_run_that_is_killed_goes_on_and_computes_only_what_is_missing(
     env: dict[str, str],
     mark: str,
     undisturbed: dict[str, Any],
+    log: Path,
     store: Store,
     measured: dict[str, Any],
 ) -> None:
@@ -65,13 +86,16 @@ def test_a_run_that_is_killed_goes_on_and_computes_only_what_is_missing(
     while processes(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert [Path(f"/proc/{pid}/cmdline").read_text()[:200] for pid in processes(mark)] == []
-    there = len(store.list("completions"))
+    there = store.list("completions")
+    log.write_text("")
     again = start(configuration, store.url, env)
     measured["next shard after seconds"] = next_file(store, "completions", again)
     found = report(again)
     assert found["subsets"] == undisturbed["subsets"]
-    assert made(found, "generate") == SHARDS - there
-    measured["finished shards made again"] = made(found, "generate") + there - SHARDS
+    assert made(found, "generate") == SHARDS - len(there)
+    times = asked(store, "completions", log)
+    measured["finished shards made again"] = sum(times[path] for path in there)
+    assert times == {path: int(path not in there) for path in times} and len(times) == SHARDS
 
 
 STOPS = [  # in which write, and in the how manieth of a run
@@ -88,11 +112,21 @@ def test_a_machine_that_stops_in_mid_write_again_and_again_leaves_nothing_half_d
     env: dict[str, str],
     mark: str,
     undisturbed: dict[str, Any],
+    log: Path,
     s3: SeaweedFS,
+    buckets: str,
     between: Proxy,
 ) -> None:
     env = {**env, **s3.environment(), "AWS_ENDPOINT_URL": between.url}
-    store = f"s3://{s3.bucket}/stopped"
+    store = Store(f"{buckets}/stopped")
+    there: list[str] = []
+
+    def none_again() -> None:
+        times = asked(store, "completions", log) | asked(store, "rewards", log)
+        assert {path: times[path] for path in there} == dict.fromkeys(there, 0)
+        there[:] = times
+        log.write_text("")
+
     for what, number in STOPS:
         writes = 0
 
@@ -105,11 +139,13 @@ def test_a_machine_that_stops_in_mid_write_again_and_again_leaves_nothing_half_d
             return "reset"
 
         between.rule = stop
-        run = start(configuration, store, env)
-        _, log = run.communicate(timeout=200)
-        assert run.returncode == -signal.SIGKILL, (what, log[-2000:])
+        run = start(configuration, store.url, env)
+        _, said = run.communicate(timeout=200)
+        assert run.returncode == -signal.SIGKILL, (what, said[-2000:])
+        none_again()
     between.rule = lambda method, path: None
-    found = report(start(configuration, store, env))
+    found = report(start(configuration, store.url, env))
+    none_again()
     assert found["subsets"] == undisturbed["subsets"]
     done = Counter(path for method, path in between.seen if method == "PUT")
     done -= Counter(path for method, path in between.failed if method == "PUT")

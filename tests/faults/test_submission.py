@@ -26,7 +26,7 @@ import yaml
 from tasks.store import Store
 from tests.conftest import curate_values, generator, prompts, scorer, write_jsonl
 from tests.faults.relay import relay
-from tests.faults.runs import ENGINE, finished, kill, left_on, processes, report, wait_for
+from tests.faults.runs import ENGINE, asked, kill, left_on, processes, report, wait_for
 from tests.services import (
     PATIENCE,
     ROOT,
@@ -121,7 +121,7 @@ def work(cluster: Cluster, prefect_api: str, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("work")
     source = write_jsonl(folder / "prompts.jsonl", prompts(PROMPTS))
     (folder / "where.py").write_text(WHERE)
-    faults = {"engine_args": {"faults": str(folder / "faults.json")}}
+    faults = {"engine_args": {"faults": str(folder / "faults.json"), "log": str(folder / "log")}}
     values = curate_values(
         source,
         ingest={"source": str(source), "shard_size": SHARD},
@@ -334,11 +334,14 @@ def shipped(cluster: Cluster, work: Work) -> bool:
 
 @contextlib.contextmanager
 def going_on(work: Work) -> Iterator[None]:
-    """What is in the store of runs that are cancelled is not made again."""
-    before = finished(work.store, "completions", "prompts")
+    """What is in the store of runs that are cancelled is not made again: no engine is asked for it."""
+    before = work.store.list("completions")
+    log = work.folder / "log"
+    log.write_text("")
     yield
-    after = finished(work.store, "completions", "prompts")
-    assert {path: after.get(path) for path in before} == before
+    times = asked(work.store, "completions", log)
+    assert {path: times.get(path) for path in before} == dict.fromkeys(before, 0)
+    assert any(times.values())
 
 
 def begun(work: Work, run: subprocess.Popen[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tasks.store import Store
-from tests.faults.runs import SHARDS, made, report, start, wait_for
+from tests.faults.runs import ENGINE, SHARDS, made, report, start, wait_for
 from tests.services import ROOT, environment, prefect_server
 
 
@@ -53,12 +53,20 @@ import os, time
 from pathlib import Path
 
 _real, _real_ns, _shift = time.time, time.time_ns, Path(os.environ["CLOCK_SHIFT"])
+_told = set()
+
+def by():
+    seconds = float(_shift.read_text())
+    if seconds and os.getpid() not in _told:
+        _told.add(os.getpid())
+        _shift.with_name(f"told-{os.getpid()}").write_bytes(Path("/proc/self/cmdline").read_bytes())
+    return seconds
 
 def shifted():
-    return _real() + float(_shift.read_text())
+    return _real() + by()
 
 def shifted_ns():
-    return _real_ns() + int(1e9 * float(_shift.read_text()))
+    return _real_ns() + int(1e9 * by())
 
 time.time, time.time_ns = shifted, shifted_ns
 """
@@ -67,7 +75,10 @@ time.time, time.time_ns = shifted, shifted_ns
 def test_a_clock_that_goes_backwards_changes_nothing_and_no_time_is_negative(
     configuration: Path, env: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path, store: Store
 ) -> None:
-    """By a day, in mid-work, for all Python of a run: its own process, Prefect's and Ray's parts of it, and engines."""
+    """By a day, in mid-work, for all Python of a run: its own process, Prefect's and Ray's parts of it, and engines.
+
+    Of what `time` tells alone: no `datetime`, whose class nothing can stand in for, and by which manifests are dated.
+    """
     shift = tmp_path / "shift"
     shift.write_text("0")
     (tmp_path / "sitecustomize.py").write_text(CLOCK)  # run by every Python that starts with this path
@@ -77,6 +88,10 @@ def test_a_clock_that_goes_backwards_changes_nothing_and_no_time_is_negative(
     whole.write_text("-86400")
     whole.replace(shift)
     found = report(run)
+    told = [file.read_bytes() for file in tmp_path.glob("told-*")]
+    assert any(b"flows.cli" in command for command in told) and any(
+        command.startswith(ENGINE.encode()) for command in told
+    )
     assert found["subsets"] == undisturbed["subsets"]
     assert all(stage["seconds"] >= 0 for stage in found["stages"])
 
