@@ -61,11 +61,16 @@ class Cluster(NamedTuple):
         """How many engines each node runs now."""
         return [len(processes(mark, ENGINE)) for mark in self.marks]
 
-    def shipped(self) -> set[int]:
-        """The processes of the nodes that had a copy of the code that Ray unpacked there; forgets who had which."""
+    def origins(self) -> dict[int, str]:
+        """From where which process of the nodes had the code; told once."""
         seen = {int(file.stem): file.read_text() for file in self.notes.glob("*.seen")}
         for pid in seen:
             (self.notes / f"{pid}.seen").unlink()
+        return seen
+
+    def shipped(self) -> set[int]:
+        """The processes since then, all of which had a copy that Ray unpacked there."""
+        seen = self.origins()
         assert all("/runtime_resources/py_modules_files/" in place for place in seen.values()), seen
         return set(seen)
 
@@ -193,7 +198,7 @@ def test_curate_train_and_experiment_share_a_cluster(
     ingest = {"source": str(source), "shard_size": 8}
     curated = {"ingest": ingest, "generate": {"samples": 4, "generators": [policy]}, "score": {"scorers": [reward]}}
     values = curate_values(source, **curated, subset=[{"name": "top", "steps": [{"rank": "pvar", "count": 8}]}])
-    cluster.shipped()
+    cluster.origins()
     made = report(start(write(tmp_path, values), store.url, env, *joining, cwd=tmp_path))
     assert cluster.shipped()
     assert [row["pairs"] for row in made["subsets"]] == [8]
