@@ -299,7 +299,6 @@ def ray_node(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A further node, at an address of its own on loopback (127.0.0.2 ...); goes on once the cluster counts it.
 
-        f"--temp-dir={session}",
     gpus: what Ray is told; nobody looks for them before something runs on one.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -322,7 +321,9 @@ def ray_node(
 
     def joined() -> bool:
         nodes = json.loads(_fetch(f"{head.address}/nodes?view=summary", headers=headers))["data"]["summary"]
-        return any(node["ip"] == address and node["raylet"].get("state") == "ALIVE" for node in nodes)
+        # A node that has just come says little of itself.
+        alive = [node for node in nodes if (node.get("raylet") or {}).get("state") == "ALIVE"]
+        return any(node.get("ip") == address for node in alive)
 
     process = _start(command, env, folder / "ray-node.log", folder)
     try:
