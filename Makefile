@@ -29,8 +29,10 @@ test: setup
 	$(BIN)/python -m pytest --ignore=tests/test_vllm.py --ignore=tests/faults --ignore=tests/ui --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest tests/test_vllm.py
 
+# What takes longest begins first.
 test-faults: setup
-	$(BIN)/python -m pytest tests/faults --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(foreach file,vanished surroundings storage,tests/faults/test_$(file).py) tests/faults \
+		--numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-ui: setup
 	@command -v chromium >/dev/null || \

@@ -19,7 +19,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.runs import asked, report, start, wait_for
 from tests.services import SeaweedFS, environment
 
-PROMPTS, SHARD = 48, 8
+PROMPTS, SHARD = 32, 8
 SHARDS = PROMPTS // SHARD
 MADE = ("completions", "rewards")
 
@@ -73,7 +73,7 @@ FAULTS = {"conflict": 409, "error": 500, "slow_down": 503, "reset": "reset", "lo
 
 @pytest.mark.parametrize(
     "rule",
-    [now_and_then(error=8, slow_down=8, conflict=12), now_and_then(reset=10, lost=10, slow=5)],
+    [now_and_then(error=12, slow_down=12, conflict=12), now_and_then(reset=10, lost=10, slow=5)],
     ids=["500, 503 SlowDown, 409 of two at once", "reset, answer lost, slow"],
 )
 def test_a_server_that_fails_now_and_then_changes_nothing(
