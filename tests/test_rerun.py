@@ -199,7 +199,9 @@ def commands(
     address = f"ray_address={local_ray.get_runtime_context().gcs_address}"
     config = folder / "curate.yaml"
     config.write_text(yaml.safe_dump(fake_run.config.model_dump(mode="json")))
-    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"), RAY_AUTH_MODE="token")
+    # Ray here listens on loopback, whose address a process that joins would else make this machine's other one.
+    joining = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"), **joining)
 
     def curate(*options: str) -> Run:
         arguments = ["curate", str(config), "--store", str(folder / "store"), "--json"]
