@@ -131,6 +131,9 @@ def prefect_worker(api_url: str, pool: str, folder: Path, cwd: Path = ROOT, **ex
         yield
 
 
+# For processes that join the Ray of this one: on loopback, which they would make this machine's other address.
+JOINING = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
 PATIENCE = 150.0  # seconds; Prefect's server may wait for a lock of SQLite for 60, more than once
 
 

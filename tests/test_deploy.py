@@ -22,7 +22,7 @@ from flows.deploy import deploy_all
 from flows.deployments import read_file
 from tasks.errors import ConfigError
 from tests.forms import drawn_as, remembered
-from tests.services import PATIENCE, ROOT, environment, prefect_server, prefect_worker, prefsieve, unlocked
+from tests.services import JOINING, PATIENCE, ROOT, environment, prefect_server, prefect_worker, prefsieve, unlocked
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 RUN = 240.0  # seconds; a run takes about 30 on two idle cores
@@ -121,7 +121,7 @@ def test_a_run_by_button_with_other_parameters_completes_and_shows_its_artifacts
     parameters = _fake_parameters(tmp_path, store)
     parameters["ray_address"] = local_ray.get_runtime_context().gcs_address
     parameters["ingest"]["source"] = "prompts.jsonl"  # found in the folder in which the worker was started
-    with prefect_worker(_url(api), "prefsieve", tmp_path / "worker", cwd=tmp_path, RAY_AUTH_MODE="token"):
+    with prefect_worker(_url(api), "prefsieve", tmp_path / "worker", cwd=tmp_path, **JOINING):
         created = _start(api, parameters)
         assert created.status_code == 201, created.text
         run = _finished(api, created.json()["id"])

@@ -19,7 +19,7 @@ from flows.cli import app
 from flows.init import RECIPES
 from tests.commands import PAGES, Told, as_json, commands_of
 from tests.conftest import Result, prompts, write_jsonl
-from tests.services import ROOT, environment
+from tests.services import JOINING, ROOT, environment
 from tests.tinyworld_fixture import tinyworld  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.timeout(1800)  # the first test may build TinyWorld
@@ -200,7 +200,7 @@ def results(place: Path, local_ray: Any, prefect_api: str) -> dict[str, Result]:
     """What each command ended with: all run in one process, which has one Ray and one Prefect server for them."""
     (place / "commands.json").write_text(as_json([(told, as_run(told)) for told in HERE]))
     home = {"PREFECT_HOME": str(place / "prefect"), "PYTHONPATH": str(ROOT)}
-    env = environment(PREFECT_API_URL=prefect_api, RAY_AUTH_MODE="token", **home)
+    env = environment(PREFECT_API_URL=prefect_api, **JOINING, **home)
     program = "import sys; from tests.commands import run_all; run_all(sys.argv[1])"
     command = [sys.executable, "-c", program, local_ray.get_runtime_context().gcs_address]
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=1200, check=False)

@@ -45,7 +45,7 @@ from tests.conftest import (
     scorer,
     write_jsonl,
 )
-from tests.services import ROOT, environment
+from tests.services import JOINING, ROOT, environment
 
 TRAIN = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 4, "max_length": 256, "learning_rate": 1e-3}
 
@@ -460,7 +460,7 @@ def test_an_experiment_that_was_killed_half_way_goes_on_and_ends_as_an_undisturb
     }
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(written))
-    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"), RAY_AUTH_MODE="token")
+    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"), **JOINING)
     command = [sys.executable, "-m", "flows.cli", "experiment", str(path), "--json"]
     with (folder / "killed.log").open("w") as log:
         run = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)

@@ -21,7 +21,7 @@ from tasks.score import score
 from tasks.sections import ScorerConfig
 from tasks.store import Store
 from tests.conftest import Curated, copy_store, curate_stages, files_below, prompts, write_jsonl
-from tests.services import ROOT, environment
+from tests.services import JOINING, ROOT, environment
 
 NOTHING = {"engine_starts": 0, "requests": 0, "samples": 0}
 
@@ -199,7 +199,7 @@ def commands(
     address = f"ray_address={local_ray.get_runtime_context().gcs_address}"
     config = folder / "curate.yaml"
     config.write_text(yaml.safe_dump(fake_run.config.model_dump(mode="json")))
-    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"), RAY_AUTH_MODE="token")
+    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(folder / "prefect"), **JOINING)
 
     def curate(*options: str) -> Run:
         arguments = ["curate", str(config), "--store", str(folder / "store"), "--json"]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.services import environment, prefect_server, prefect_worker, prefsieve
+from tests.services import JOINING, environment, prefect_server, prefect_worker, prefsieve
 from tests.tinyworld_fixture import tinyworld  # noqa: F401
 
 Picture = Callable[[str], None]
@@ -32,7 +32,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory, tinyworld: Path) -> Iterator[st
         done = prefsieve("deploy", env=environment(PREFECT_API_URL=api, PREFECT_HOME=str(folder / "deployer")))
         assert done.returncode == 0, done.stderr
         store = str(folder / "store")
-        with prefect_worker(api, "prefsieve", folder / "worker", PREFSIEVE_STORE=store, RAY_AUTH_MODE="token"):
+        with prefect_worker(api, "prefsieve", folder / "worker", PREFSIEVE_STORE=store, **JOINING):
             yield api.removesuffix("/api")
 
 
