@@ -209,11 +209,8 @@ class Texts:
     """Looks up prompts and completions of the pairs of one shard at a time."""
 
     def __init__(self, store: Store, pairs: Pairs) -> None:
-        self.store, self.shards, self.rows_of = (
-            store,
-            shards_of(store, pairs.rewards.completions.prompts),
-            rows_of(store),
-        )
+        self.store, self.rows_of = store, rows_of(store)
+        self.shards = shards_of(store, pairs.rewards.completions.prompts)
         self.made_of = f"pairs/{pairs.digest}"
         self.seals = store.read_object(f"{self.made_of}/manifest.json", "texts")["texts"]
         self.held: tuple[int, dict[str, pa.ListArray]] = (-1, {})  # a shard, and columns of its files
