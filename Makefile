@@ -1,6 +1,6 @@
 # make demo    the whole way on a small real world, on this machine
 # make test    all tests that belong to every change (make check: format, lint, types)
-# make test-faults   processes, nodes and servers that fail while a run goes on; about twenty minutes
+# make test-faults   processes, nodes and servers that fail while a run goes on; a quarter of an hour
 # make test-ui   the Prefect UI in Chromium: its form, a run, what it shows, what it refuses; a few minutes
 # make docs    docs/ as a site, in site/
 #
