@@ -46,7 +46,7 @@ def progress_artifact(stage: str) -> Iterator[Report]:
 
 
 def _reporting(stage: str, draw: Report, lines: bool) -> Iterator[Report]:
-    """The end is always shown and logged."""
+    """The end is logged, and shown: by a server that is slow, while the run goes on."""
     logger = get_run_logger()
     artifact: UUID | None = None
     shown = logged = -math.inf
@@ -76,8 +76,7 @@ def _reporting(stage: str, draw: Report, lines: bool) -> Iterator[Report]:
     yield report
     if last:
         done = Progress(last.stage, last.done, last.done, last.unit, last.rate, last.reused, last.note)
-        if showing is None or _ended(showing):
-            _ended(_beside(lambda: show(done)))
+        _ended(_beside(lambda: show(done), after=showing))
         logger.info("%s: %s", done.stage, done)
 
 
@@ -100,11 +99,13 @@ def _bar(stage: str, console: Console) -> Iterator[Report]:
         yield lambda now: bars.update(bar, completed=now.done, total=now.total or None, words=str(now))
 
 
-def _beside(tell: Callable[[], Any]) -> threading.Thread:
+def _beside(tell: Callable[[], Any], after: threading.Thread | None = None) -> threading.Thread:
     """Tell Prefect's server something while the work goes on: one that is gone costs what it would have shown."""
     context, logger = copy_context(), get_run_logger()
 
     def attempt() -> None:
+        if after:
+            after.join()
         try:
             context.run(tell)
         except Exception as error:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -128,3 +129,36 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(prefect_api: str, tmp_path:
     plain = prefsieve("curate", tmp_path / "curate.yaml", "--json", "--store", tmp_path / "plain", env=env)
     assert plain.returncode == 0, plain.stderr
     assert "━" not in plain.stderr and "generate: 24/24 prompts" in plain.stderr and "\x1b[" not in plain.stderr
+
+
+SLOW = """
+import time
+from prefect import flow
+from flows import reporting
+from tasks.progress import Meter
+
+create, reporting._PATIENCE = reporting.create_progress_artifact, 0.5
+
+def late(*args, **kwargs):
+    time.sleep(2)
+    return create(*args, **kwargs)
+
+reporting.create_progress_artifact = late
+
+@flow
+def slow():
+    with reporting.progress_artifact("slow") as report:
+        Meter(report, "slow", 2, "prompts").add(2)
+    time.sleep(6)
+
+slow()
+"""
+
+
+def test_a_server_that_is_slow_is_told_of_the_end_while_the_run_goes_on(prefect_api: str, tmp_path: Path) -> None:
+    """What is told first takes longer than an end waits for."""
+    env = environment(PREFECT_API_URL=prefect_api, PREFECT_HOME=str(tmp_path / "home"))
+    subprocess.run([sys.executable, "-c", SLOW], env=env, cwd=ROOT, check=True, timeout=120)
+    asked = {"artifacts": {"key": {"any_": ["slow-progress"]}}}
+    (shown,) = httpx.post(f"{prefect_api}/artifacts/latest/filter", json=asked, timeout=60).json()
+    assert float(shown["data"]) == 100
