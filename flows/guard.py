@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _TRIES, _PAUSE, _TIMEOUT = 30, 10.0, 20.0  # seconds; a cluster's head may just be away
-_LATE = 7  # tries of these, a minute, for a job that was being submitted and is not there yet
+_LATE = 7  # tries of these, a minute, for a job that this run was submitting and that is not there yet
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 
 
@@ -31,7 +31,7 @@ def guarding(client: JobSubmissionClient, job: str, run: str) -> Iterator[None]:
     """The job is stopped when this process is killed inside of the block, or interrupted, or raises Unreachable.
 
     run: what the job's metadata must say for that, as another run may submit a job of that name meanwhile; empty for
-    any.
+    any, of a job that was there before.
     """
     from tasks.errors import Unreachable  # which the program that this file is cannot import
 
@@ -83,7 +83,7 @@ def end(url: str, headers: dict[str, str], run: str) -> None:
                 return
             late += 1
         except urllib.error.HTTPError as error:
-            if error.code == 404:
+            if error.code == 404 and run:
                 late += 1
             elif error.code < 500:  # the token is another by now
                 return

@@ -225,10 +225,12 @@ def _start(client: JobSubmissionClient, wanted: Job, job: str, address: str, run
                 return
             if isinstance(error, RuntimeError):
                 raise
-            raise Unreachable(
-                f"job {job}: {address} did not answer when it was submitted; run the same command again, which follows "
-                "the job where it is there by then"
-            ) from error
+            what = (
+                "where it begins within a minute, it is stopped; run the same command again after that"
+                if run
+                else "run the same command again, which follows the job where it is there by then"
+            )
+            raise Unreachable(f"job {job}: {address} did not answer when it was submitted; {what}") from error
 
 
 def _result(info: JobDetails, log: str) -> dict[str, Any]:

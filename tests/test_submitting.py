@@ -32,16 +32,24 @@ Answer = Callable[[str, str, dict[str, Any]], Any]  # of method, path, body
 
 def test_a_guard_waits_for_a_job_that_comes_to_be_only_now(soon: None) -> None:
     """Two times it is not there, then it has no process yet that could be stopped."""
-    said = {"GET": [404, 404, details("x"), details("x")], "POST": [{"stopped": False}, {"stopped": True}]}
+    mine = details("x", metadata={"run": "mine"})
+    said = {"GET": [404, 404, mine, mine], "POST": [{"stopped": False}, {"stopped": True}]}
     with dashboard(lambda method, *_: said[method].pop(0)) as there:
-        guard.end(f"{there.address}/api/jobs/x", {}, "")
+        guard.end(f"{there.address}/api/jobs/x", {}, "mine")
     assert [method for method, _ in there.asked] == ["GET", "GET", "GET", "POST", "GET", "POST"]
 
 
 def test_a_guard_does_not_wait_for_a_job_for_ever(soon: None) -> None:
     with dashboard(lambda *_: 404) as there:
-        guard.end(f"{there.address}/api/jobs/x", {}, "")
+        guard.end(f"{there.address}/api/jobs/x", {}, "mine")
     assert len(there.asked) * 10 == 70, "a minute"
+
+
+def test_a_guard_does_not_wait_for_a_job_that_was_there_before_and_is_gone(soon: None) -> None:
+    """What comes to be under its name then is another run's."""
+    with dashboard(lambda *_: 404) as there:
+        guard.end(f"{there.address}/api/jobs/x", {}, "")
+    assert there.asked == [("GET", "/api/jobs/x")]
 
 
 @pytest.mark.parametrize("about", [{"status": "STOPPED"}, {"metadata": {"run": "another"}}, {"metadata": None}])
@@ -79,7 +87,7 @@ def test_a_job_whose_answer_is_lost_is_followed(run: Callable[..., Any]) -> None
 
 def test_a_job_that_comes_to_be_after_its_answer_was_lost_is_stopped() -> None:
     with cluster("RUNNING", begins=["submitted", "listed"]) as there:
-        with pytest.raises(Unreachable, match="did not answer when it was submitted; run the same command again"):
+        with pytest.raises(Unreachable, match="where it begins within a minute, it is stopped; run the same"):
             run_flow("curate", CONFIG, there.address)
         wait_for_stop(there)
 
