@@ -42,6 +42,7 @@ def why(store: Store, wanted: str, prompt_id: str) -> dict[str, Any]:
         places = np.flatnonzero(pc.starts_with(ids, prefix).to_numpy())
         rows = table.rows_at(places.tolist())
         metrics = table.metrics
+        texts = Texts(store, table)
     drops = store.read_table(f"pairs/{pairs.digest}/drops.parquet")
     dropped = drops.filter(pc.starts_with(drops["prompt_id"], prefix)).to_pylist()
     found = sorted({row["prompt_id"] for row in [*rows.values(), *dropped]})
@@ -57,7 +58,7 @@ def why(store: Store, wanted: str, prompt_id: str) -> dict[str, Any]:
         "name": version.name,
         "version": version.version,
         "prompt_id": found[0],
-        "texts": _texts(store, pairs, next(iter(rows.values()))) if rows else None,
+        "texts": _texts(texts, next(iter(rows.values()))) if rows else None,
         "pairs": [{**fates(place), **_told(row, metrics)} for place, row in rows.items()],
         "dropped": {"reason": dropped[0]["reason"], "pvar": dropped[0]["pvar"]} if dropped else None,
         "of": content["summary"]["rows"],
@@ -104,9 +105,8 @@ def _told(row: dict[str, Any], metrics: list[str]) -> dict[str, Any]:
     return {**names, "metrics": {name: row[name] for name in metrics}}
 
 
-def _texts(store: Store, pairs: Pairs, row: dict[str, Any]) -> dict[str, str]:
+def _texts(texts: Texts, row: dict[str, Any]) -> dict[str, str]:
     """The beginnings of the prompt and of both sides of one of its pairs."""
-    texts = Texts(store, pairs)
     place = pa.Table.from_pylist([{name: row[name] for name in _PLACE}])
     [found] = texts.join(row["shard"], place, _TEXTS).to_pylist()
     return {name: " ".join(message["content"] for message in said)[:_EXCERPT] for name, said in found.items()}

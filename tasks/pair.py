@@ -27,7 +27,19 @@ from tasks.errors import ConfigError
 from tasks.forms import CHOSEN, REJECTED
 from tasks.ingest import read_shard, shards_of
 from tasks.progress import Meter, Report, silent
-from tasks.records import DROPS, PAIRS, SCHEMA_VERSION, Counts, Pairs, Rewards, Work, digest, rounded, with_scorers
+from tasks.records import (
+    DROPS,
+    PAIRED,
+    PAIRS,
+    SCHEMA_VERSION,
+    Counts,
+    Pairs,
+    Rewards,
+    Work,
+    digest,
+    rounded,
+    with_scorers,
+)
 from tasks.sections import EnsembleConfig
 from tasks.selection import pairing
 from tasks.selection.adaptive import first_counts
@@ -37,7 +49,7 @@ from tasks.selection.pairing import KEPT, REASONS, Choice
 from tasks.selection.posterior import Posterior, Prior, fit_prior, posterior
 from tasks.selection.pvar import PooledScale, pvar_with_error
 from tasks.selection.ranking import Hashes, uniform
-from tasks.store import Store, parquet_options, signed
+from tasks.store import Store, parquet_options, sealed, signed
 
 
 def pair(
@@ -180,6 +192,8 @@ def _write(
             sums.update(counts["sums"])
             texts.update(counts["texts"])
             meter.add(shard["rows"])
+        # In the table itself, as the store keeps the first that is written: see Texts.
+        pairs.add_key_value_metadata({PAIRED: sealed(texts)})
     asked = len(columns.authors) if not columns.imported else 1
     prompts = sum(shard["rows"] for shard in shards)
     took_part = [_step("score", totals["samples"], totals["rated"], "no reward")] if survey.scorer else []
@@ -196,7 +210,6 @@ def _write(
         "mean_reward": _mean_rewards(columns, survey, sums),
         "ensembles": [ensemble.model_dump() for ensemble in columns.ensembles],
         "generator_delta": _generator_delta(config, columns, survey),
-        "texts": texts,  # by file, the seal of what the pairs are made of; see Texts
         "agreement": [
             {
                 "scorers": [survey.scorer, other],

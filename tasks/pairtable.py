@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from tasks.config import FIELD
 from tasks.errors import ConfigError
 from tasks.ingest import read_shard, shards_of
-from tasks.records import Pairs
-from tasks.store import Store
+from tasks.records import PAIRED, Pairs
+from tasks.store import Store, unsealed
 
 _PLACES = {"id_bits", "shard", "row", "chosen_sample", "rejected_sample"}  # integers that measure nothing
 _BATCH = 65_536
@@ -41,6 +41,14 @@ class PairTable:
         self.store, self.pairs, self.file = store, pairs, file
         self.schema = self.file.schema_arrow
         self.rows: int = self.file.metadata.num_rows
+
+    @property
+    def seals(self) -> dict[str, str] | None:
+        """Of the texts that the pairs were made of, by file of completions; tables of earlier versions have none."""
+        try:
+            return dict(unsealed(found)) if (found := (self.file.metadata.metadata or {}).get(PAIRED)) else None
+        except (TypeError, ValueError) as error:
+            raise self.store.damaged(f"pairs/{self.pairs.digest}/pairs.parquet") from error
 
     @property
     def metrics(self) -> list[str]:

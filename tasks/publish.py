@@ -22,14 +22,13 @@ from tasks.config import PublishConfig, SubsetConfig
 from tasks.errors import RunError
 from tasks.explain import explain
 from tasks.ingest import read_shard, shards_of
-from tasks.pairtable import open_pairs
+from tasks.pairtable import PairTable, open_pairs
 from tasks.progress import Meter, Report, silent
 from tasks.records import (
     MESSAGES,
     PREFERENCES,
     SCHEMA_VERSION,
     Counts,
-    Pairs,
     Selection,
     Version,
     Work,
@@ -186,11 +185,11 @@ def _regular(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def _tables(selection: Selection, store: Store) -> Iterator[pa.Table]:
     """The subset's rows, with texts, at most a prompt shard at a time."""
-    texts = Texts(store, selection.pairs)
     chosen = store.read_table(selection_path(selection.pairs, selection.digest))
     rows, ranks = chosen["pair"].to_numpy(), chosen["rank"].to_numpy()
     start = 0
     with open_pairs(store, selection.pairs) as pairs:
+        texts = Texts(store, pairs)
         further = [name.removeprefix("margin.") for name in pairs.schema.names if name.startswith("margin.")]
         schema = with_scorers(PREFERENCES, further)
         for batch in pairs.batches():
@@ -208,11 +207,10 @@ def _tables(selection: Selection, store: Store) -> Iterator[pa.Table]:
 class Texts:
     """Looks up prompts and completions of the pairs of one shard at a time."""
 
-    def __init__(self, store: Store, pairs: Pairs) -> None:
+    def __init__(self, store: Store, table: PairTable) -> None:
         self.store, self.rows_of = store, rows_of(store)
-        self.shards = shards_of(store, pairs.rewards.completions.prompts)
-        self.made_of = f"pairs/{pairs.digest}"
-        self.seals = store.read_object(f"{self.made_of}/manifest.json", "texts")["texts"]
+        self.shards = shards_of(store, table.pairs.rewards.completions.prompts)
+        self.made_of, self.seals = f"pairs/{table.pairs.digest}", table.seals
         self.held: tuple[int, dict[str, pa.ListArray]] = (-1, {})  # a shard, and columns of its files
 
     def join(self, shard: int, pairs: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -248,7 +246,7 @@ class Texts:
     def _texts(self, file: str) -> pa.ListArray:
         if file not in self.held[1]:
             table = self.store.read_table(file, ["texts", "text_digests"])
-            if self.seals.get(file) != texts_seal(table["text_digests"]).decode():
+            if self.seals is not None and self.seals.get(file) != texts_seal(table["text_digests"]).decode():
                 raise RunError(f"{file} has other texts now than {self.made_of} was made of; remove that and run again")
             self.held[1][file] = table["texts"].combine_chunks()
         return self.held[1][file]

@@ -63,6 +63,7 @@ DIMENSION = "dimension."  # a judge's rewards have a column of this name for eac
 
 
 RATED = b"prefsieve.rated"  # where a table of rewards keeps the seal of the texts that were rated
+PAIRED = b"prefsieve.paired"  # where a table of pairs keeps, by file of completions, the seals of its texts
 
 
 def texts_seal(digests: pa.ChunkedArray) -> bytes:

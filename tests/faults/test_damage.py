@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tasks.errors import RunError
+from tasks.records import PAIRED
 from tasks.store import Store
 from tests.conftest import Curated, copy_store, curate_stages, files_below
 
@@ -28,6 +30,11 @@ def flipped(data: bytes, bit: int = -1) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << (bit % 8)
     return bytes(changed)
+
+
+def flipped_early(data: bytes) -> bytes:
+    """In the first column: most of a small table of pairs is its description."""
+    return flipped(data, min(len(data) * 2, 8 * 300))
 
 
 def published(run: Curated) -> list[str]:
@@ -99,11 +106,28 @@ def test_pairs_of_texts_that_are_answered_otherwise_now_are_told(fake_run: Curat
         rewards.unlink()
     with pytest.raises(RunError, match=rf"{path} has other texts now than pairs/\w+ was made of; remove that and run"):
         curate_stages(fake_run.config, store)
+    # The same where a run ended between the table of pairs and its manifest: the table that is there stays.
+    for manifest in Path(store.url).glob("pairs/*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(RunError, match=rf"{path} has other texts now"):
+        curate_stages(fake_run.config, store)
     shutil.rmtree(Path(store.url) / "pairs")
     assert curate_stages(fake_run.config, store).versions
 
 
-@pytest.mark.parametrize("damage", [truncated, flipped])
+def test_pairs_of_before_they_kept_seals_are_published_as_ever(fake_run: Curated, tmp_path: Path) -> None:
+    store = copy_store(fake_run.store, tmp_path / "store")
+    shutil.rmtree(Path(store.url) / "subsets")
+    for file in Path(store.url).glob("pairs/*/pairs.parquet"):
+        assert PAIRED in pq.read_metadata(file).metadata
+        table = pq.read_table(file)
+        file.unlink()
+        pq.write_table(table, file)
+        assert PAIRED not in pq.read_metadata(file).metadata
+    assert published(curate_stages(fake_run.config, store)) == published(fake_run)
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped_early])
 @pytest.mark.parametrize("where", ["pairs/*/pairs.parquet", "pairs/*/manifest.json", "pairs/*/selections/*.parquet"])
 def test_damaged_pairs_are_named_and_made_again(where: str, damage: Damage, fake_run: Curated, tmp_path: Path) -> None:
     store = copy_store(fake_run.store, tmp_path / "store")
