@@ -85,7 +85,7 @@ def end(url: str, headers: dict[str, str], run: str) -> None:
         except urllib.error.HTTPError as error:
             if error.code == 404 and run:
                 late += 1
-            elif error.code < 500:  # the token is another by now
+            elif error.code < 500:  # it is gone, or the token is another by now
                 return
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):  # or what answers is no Ray
             pass
